@@ -1,0 +1,7 @@
+"""Train with very large batches: the optimizers, schedules and scaling rules of the LAMB paper.
+
+Importing this package imports torch and numpy and nothing else; the training system behind the
+``largebatch`` command lives in the subpackages and is imported when it is used.
+"""
+
+__version__ = "0.1.0"

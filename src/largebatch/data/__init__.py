@@ -1,0 +1,1 @@
+"""Text and image data sets, prepared once and read deterministically."""

@@ -1,0 +1,1 @@
+"""Evaluation: SQuAD, classification, masked words and next sentences."""

@@ -1,0 +1,1 @@
+"""Recipes and the runner that turns one into a run directory."""

@@ -1,0 +1,1 @@
+"""Layerwise adaptive optimizers."""

@@ -1,0 +1,1 @@
+"""The training engine: any global batch, exact resume, one loop for every workload."""
