@@ -1,0 +1,369 @@
+"""BERT (Devlin et al., 2019), with transformers' parameter names, computed on real tokens alone.
+
+Shapes: B sequences of padded length L; T real tokens (rows); H the model's width; N masked positions; V the vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import BertConfig
+from .layout import TokenLayout, attention
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+# Finite, so that sums of two of them and half precision stay finite; exp() of it is 0. The value is original BERT's.
+PADDING_LOGIT = -10000.0
+
+
+class BertEmbeddings(nn.Module):
+    """LayerNorm(word + position + segment), then dropout; rows of real tokens only."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
+        """[T], [T], [T] -> [T, H]."""
+        embedded = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(embedded + self.position_embeddings(positions)))
+
+
+class BertSelfAttention(nn.Module):
+    """The three projections and the attention itself."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
+        """[T, H] -> [T, H]."""
+        dropout = self.dropout_prob if self.training else 0.0
+        return attention(self.query(rows), self.key(rows), self.value(rows), self.num_heads, layout, dropout)
+
+
+class BertOutput(nn.Module):
+    """LayerNorm(residual + dropout(dense(rows))): the end of both halves of a layer."""
+
+    def __init__(self, config: BertConfig, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, rows: Tensor, residual: Tensor) -> Tensor:
+        """[T, width], [T, H] -> [T, H]."""
+        return self.LayerNorm(self.dropout(self.dense(rows)) + residual)
+
+
+class BertAttention(nn.Module):
+    """Self-attention with its output projection, residual and LayerNorm."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertOutput(config, config.hidden_size)
+
+    def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
+        """[T, H] -> [T, H]."""
+        return self.output(self.self(rows, layout), rows)
+
+
+class BertIntermediate(nn.Module):
+    """The widening half of the feed-forward layer."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = _ACTIVATIONS[config.hidden_act]
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[T, H] -> [T, intermediate]."""
+        return self.activation(self.dense(rows))
+
+
+class BertLayer(nn.Module):
+    """One post-LayerNorm transformer layer."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config, config.intermediate_size)
+
+    def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
+        """[T, H] -> [T, H]."""
+        rows = self.attention(rows, layout)
+        return self.output(self.intermediate(rows), rows)
+
+
+class BertEncoder(nn.Module):
+    """The layers, one after another; with ``checkpoint_layers`` each is recomputed in the backward pass."""
+
+    def __init__(self, config: BertConfig, checkpoint_layers: bool) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.checkpoint_layers = checkpoint_layers
+
+    def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
+        """[T, H] -> [T, H]."""
+        for layer in self.layer:
+            if self.checkpoint_layers and self.training and torch.is_grad_enabled():
+                rows = checkpoint(layer, rows, layout, use_reentrant=False)
+            else:
+                rows = layer(rows, layout)
+        return rows
+
+
+class BertPooler(nn.Module):
+    """tanh(dense([CLS]))."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first_rows: Tensor) -> Tensor:
+        """[B, H] -> [B, H]."""
+        return torch.tanh(self.dense(first_rows))
+
+
+class BertModel(nn.Module):
+    """The BERT encoder.
+
+    Padding is dropped before the embeddings and put back only where attention or the caller needs it, so the cost
+    follows the real tokens. ``unpad=False`` computes every position: the reference the fast path is tested against.
+
+    Args:
+        config: the shape.
+        add_pooling_layer: whether there is a pooler; without, ``pooled`` is the bare [CLS] row.
+        unpad: whether to drop the padding; may be changed later by assigning ``model.unpad``.
+        checkpoint_layers: recompute each layer's activations in the backward pass: about 1/3 more work for memory that
+            no longer grows with the number of layers.
+
+    Example:
+        >>> model = BertModel(BertConfig.named("tiny", vocab_size=100))
+        >>> ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+        >>> hidden_states, pooled = model(ids, torch.zeros_like(ids), ids != 0)
+        >>> hidden_states.shape, pooled.shape
+        (torch.Size([2, 3, 128]), torch.Size([2, 128]))
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        add_pooling_layer: bool = True,
+        *,
+        unpad: bool = True,
+        checkpoint_layers: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.unpad = unpad
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config, checkpoint_layers)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        initialize_weights(self, config.initializer_range)
+
+    def encode(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, TokenLayout]:
+        """Return the hidden states as packed rows [T, H], and the layout that says which row is which token."""
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids: sequences of {input_ids.shape[1]} tokens, but the model has "
+                f"max_position_embeddings {self.config.max_position_embeddings}"
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        layout = TokenLayout(attention_mask, unpad=self.unpad)
+        rows = self.embeddings(layout.pack(input_ids), layout.pack(token_type_ids), layout.positions)
+        return self.encoder(rows, layout), layout
+
+    def pool(self, rows: Tensor, layout: TokenLayout) -> Tensor:
+        """Return the pooled [CLS] rows [B, H] of packed hidden states."""
+        first_rows = select_rows(rows, layout.first_rows)
+        return first_rows if self.pooler is None else self.pooler(first_rows)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode padded sequences.
+
+        Args:
+            input_ids: [B, L] int64.
+            token_type_ids: [B, L] int64, the segment of each token; None is all zeros.
+            attention_mask: [B, L] bool, true where a token is real; padding comes last. None means all are real.
+
+        Returns:
+            Hidden states [B, L, H], zero at padding when ``unpad``, and pooled [CLS] states [B, H].
+
+        Raises:
+            ValueError: if sequences are longer than the position embeddings, or begin with padding.
+        """
+        rows, layout = self.encode(input_ids, token_type_ids, attention_mask)
+        return layout.pad(rows), self.pool(rows, layout)
+
+
+class BertPredictionHeadTransform(nn.Module):
+    """LayerNorm(activation(dense(rows))), before the decoder."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[N, H] -> [N, H]."""
+        return self.LayerNorm(self.activation(self.dense(rows)))
+
+
+class BertLMPredictionHead(nn.Module):
+    """Logits over the vocabulary; the decoder's bias has a second name, ``bias``, as in transformers."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = self.decoder.bias
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[N, H] -> [N, V]."""
+        return self.decoder(self.transform(rows))
+
+
+class BertPreTrainingHeads(nn.Module):
+    """The masked-language-model head and the next-sentence head."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class BertForPreTraining(nn.Module):
+    """BERT with both pre-training heads; the vocabulary's logits are computed at the masked positions only.
+
+    Args:
+        config: the shape.
+        unpad, checkpoint_layers: as for :class:`BertModel`.
+    """
+
+    def __init__(self, config: BertConfig, *, unpad: bool = True, checkpoint_layers: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, unpad=unpad, checkpoint_layers=checkpoint_layers)
+        self.cls = BertPreTrainingHeads(config)
+        initialize_weights(self.cls, config.initializer_range)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the decoder share the word embeddings (again: a model made on the meta device loses the sharing)."""
+        if self.config.tie_word_embeddings:
+            self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        self.cls.predictions.bias = self.cls.predictions.decoder.bias
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None, masked_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of the masked tokens and of the next-sentence prediction.
+
+        Args:
+            input_ids, token_type_ids, attention_mask: as for :class:`BertModel`.
+            masked_positions: [N] int64, flat into B * L; may be empty.
+
+        Returns:
+            Logits [N, V] in the order of ``masked_positions``, and [B, 2] (class 1: the second segment is random).
+        """
+        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask)
+        masked_rows = select_rows(rows, layout.rows_at(masked_positions))
+        return self.cls.predictions(masked_rows), self.cls.seq_relationship(self.bert.pool(rows, layout))
+
+
+class BertForQuestionAnswering(nn.Module):
+    """BERT with the extractive question-answering head: the start and the end of the answer span.
+
+    Args:
+        config: the shape.
+        unpad, checkpoint_layers: as for :class:`BertModel`.
+    """
+
+    def __init__(self, config: BertConfig, *, unpad: bool = True, checkpoint_layers: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, add_pooling_layer=False, unpad=unpad, checkpoint_layers=checkpoint_layers)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        initialize_weights(self.qa_outputs, config.initializer_range)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return start and end logits [B, L]; padding gets a logit of -10,000, hence no probability."""
+        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask)
+        logits = layout.pad(self.qa_outputs(rows)).masked_fill(~layout.mask[..., None], PADDING_LOGIT)
+        start_logits, end_logits = logits.unbind(-1)
+        return start_logits, end_logits
+
+
+class BertForSequenceClassification(nn.Module):
+    """BERT with a classifier on the pooled [CLS] state.
+
+    Args:
+        config: the shape; ``num_labels`` is the number of classes.
+        unpad, checkpoint_layers: as for :class:`BertModel`.
+    """
+
+    def __init__(self, config: BertConfig, *, unpad: bool = True, checkpoint_layers: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, unpad=unpad, checkpoint_layers=checkpoint_layers)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        initialize_weights(self.classifier, config.initializer_range)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return class logits [B, num_labels]."""
+        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask)
+        return self.classifier(self.dropout(self.bert.pool(rows, layout)))
+
+
+def select_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Return ``rows[index]``; the indices may repeat."""
+    return F.embedding(index, rows)
+
+
+def initialize_weights(module: nn.Module, std: float) -> None:
+    """Initialise as the original BERT does: truncated normal weights (at two standard deviations), zero biases.
+
+    transformers draws from the plain normal distribution instead.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
