@@ -1,0 +1,73 @@
+"""Image classification as a workload: the same engine, checkpoints and report as BERT's."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from largebatch.data import SampleStream
+from largebatch.data.vision import load_idx_dataset
+from largebatch.errors import UserError
+from largebatch.evaluate.classification import evaluate_classification
+from largebatch.experiments.config import ClassificationConfig
+from largebatch.experiments.workload import cut, rank_share
+from largebatch.models.vision import LeNet, classification_loss, lenet_training_flops
+from largebatch.train import GlobalBatch, MicroBatch, distributed
+
+
+class ClassificationWorkload:
+    """Fulfils `Workload` for a `ClassificationConfig`.
+
+    Raises:
+        UserError: the images are missing or damaged, or the model or data set is not known.
+    """
+
+    def __init__(self, config: ClassificationConfig) -> None:
+        if config.model != "lenet":
+            raise UserError(f"model is {config.model!r}; known is lenet")
+        if not config.data.path:
+            raise UserError(f"no folder with {config.data.dataset} was given; name it with --data")
+        self.config = config
+        self._train = load_idx_dataset(Path(config.data.path), "train")
+        self._test = load_idx_dataset(Path(config.data.path), "test")
+        self.micro_batch_sizes = [stage.micro_batch_size or 0 for stage in config.stages]
+        self.details = {"train_images": len(self._train.labels), "test_images": len(self._test.labels)}
+        self.baselines: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    def model(self) -> nn.Module:
+        return LeNet()
+
+    def batches(self, stage: int, cursor: Mapping[str, int] | None) -> Iterator[GlobalBatch]:
+        count = len(self._train.labels)
+        stream = SampleStream(lambda epoch: count, seed=self.config.seed)
+        position = dict(cursor) if cursor is not None else {"epoch": 0, "position": 0}
+        share = rank_share(self.config.stages[stage].batch_size, distributed.rank(), distributed.world_size())
+        while True:
+            pieces, position = stream.take(position, self.config.stages[stage].batch_size)
+            rows = torch.cat([torch.from_numpy(indices) for _, indices in pieces])[share]
+            yield GlobalBatch(
+                micro_batches=[
+                    {"images": self._train.images[part], "labels": self._train.labels[part]}
+                    for part in cut(rows, self.micro_batch_sizes[stage])
+                ],
+                totals={"sequences": len(rows)},
+                num_sequences=len(rows),
+                num_tokens=0,
+                flops=lenet_training_flops(len(rows)),
+                cursor=position,
+            )
+
+    def loss(
+        self, model: nn.Module, micro_batch: MicroBatch, totals: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return classification_loss(model, micro_batch, totals)
+
+    def probe_batch(self, stage: int, size: int) -> MicroBatch:
+        rows = torch.arange(size) % len(self._train.labels)
+        return {"images": self._train.images[rows], "labels": self._train.labels[rows]}
+
+    def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:
+        return {"split": "test", **evaluate_classification(model, self._test.images, self._test.labels)}

@@ -1,0 +1,261 @@
+"""A run as data: frozen dataclasses, their JSON form, and typed overrides from the command line."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from largebatch.errors import UserError
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer. `lr` is the peak rate of the first stage; a stage without a rate of its own scales it."""
+
+    name: str = "lamb"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    momentum: float = 0.9
+    weight_decay: float = 0.01
+    bias_correction: bool = True
+    trust_coefficient: float = 1.0
+    norm: str = "l2"
+    exclude: tuple[str, ...] = ("bias", "LayerNorm", "norm")
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage: its data's length, its batch, and its learning-rate schedule."""
+
+    name: str
+    batch_size: int
+    steps: int
+    warmup_steps: int = 0
+    learning_rate: float | None = None  # None: optim.lr, scaled by the square root of the batch ratio to stage 1
+    schedule: str = "polynomial"  # or triangle, constant; continue: go on with the curve of the stage before
+    power: float = 1.0
+    sequence_length: int | None = None
+    max_predictions: int | None = None
+    micro_batch_size: int | None = None  # None: found by a probe
+    keep_moments: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run has; the kinds of run add their model and data."""
+
+    kind: ClassVar[str]
+
+    recipe: str
+    stages: tuple[StageConfig, ...]
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    max_grad_norm: float | None = 1.0
+    evaluate_every: int = 0  # steps; 0: at the end of each stage only
+    checkpoint_every: int = 1000  # steps; besides the end of each stage
+    keep_checkpoints: int = 2
+    trust_ratios_every: int = 50  # steps; 0: never
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class BertChoice:
+    """A BERT by its usual name, with what differs from it."""
+
+    name: str = "base"
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A corpus made by `largebatch prepare`."""
+
+    path: str = ""
+    masked_lm_probability: float = 0.15
+    short_sequence_probability: float = 0.1
+    whole_word_masking: bool = False
+    evaluation_sequences: int = 2048
+
+
+@dataclass(frozen=True)
+class PretrainingConfig(RunConfig):
+    """BERT pre-training: masked words and next sentences."""
+
+    kind: ClassVar[str] = "pretraining"
+
+    model: BertChoice = field(default_factory=BertChoice)
+    data: TextData = field(default_factory=TextData)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A folder of images in the data set's own format."""
+
+    path: str = ""
+    dataset: str = "mnist"
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(RunConfig):
+    """Image classification."""
+
+    kind: ClassVar[str] = "classification"
+
+    model: str = "lenet"
+    data: ImageData = field(default_factory=ImageData)
+
+
+@dataclass(frozen=True)
+class SquadData:
+    """Question answering in SQuAD's JSON format; several training files are joined with commas."""
+
+    train: str = ""
+    test: str = ""
+    bad_answers: str = "error"
+    max_sequence_length: int = 384
+    document_stride: int = 128
+    max_query_length: int = 64
+
+
+@dataclass(frozen=True)
+class SquadConfig(RunConfig):
+    """Question answering from a pre-trained encoder."""
+
+    kind: ClassVar[str] = "squad"
+
+    init: str = ""  # a run, a checkpoint or a folder in Hugging Face's format
+    random_encoder: bool = False  # the baseline: the same model and tokenizer with fresh weights
+    data: SquadData = field(default_factory=SquadData)
+
+
+KINDS: dict[str, type[RunConfig]] = {c.kind: c for c in (PretrainingConfig, ClassificationConfig, SquadConfig)}
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration as nested plain values, with its kind."""
+    return {"kind": config.kind, **dataclasses.asdict(config)}
+
+
+def from_json(content: Mapping[str, Any]) -> RunConfig:
+    """The inverse of `to_json`.
+
+    Raises:
+        UserError: an unknown kind or key, or a value of another type.
+    """
+    values = dict(content)
+    kind = values.pop("kind", None)
+    if kind not in KINDS:
+        raise UserError(f"kind is {kind!r} in the configuration; it must be one of {', '.join(KINDS)}")
+    return _build(KINDS[kind], values, "")
+
+
+def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
+    """Apply `key=value` settings, keys dotted into the nested parts and stages by number: `stages.0.steps=100`.
+
+    Raises:
+        UserError: a key that does not exist (the nearest is named), or a value of another type.
+    """
+    content = to_json(config)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: write KEY=VALUE, for example --set optim.lr=1e-3")
+        _assign(content, key.strip(), text.strip())
+    return from_json(content)
+
+
+def keys(config: RunConfig) -> list[str]:
+    """Every dotted key that `override` knows for this configuration."""
+    return list(_flatten(to_json(config)))
+
+
+def _flatten(content: Any, prefix: str = "") -> Iterable[str]:
+    if isinstance(content, dict):
+        items: Iterable[tuple[str, Any]] = content.items()
+    else:
+        items = ((str(index), value) for index, value in enumerate(content))
+    for name, value in items:
+        nested = isinstance(value, dict) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], dict))
+        if nested:
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif f"{prefix}{name}" not in ("kind", "recipe"):
+            yield f"{prefix}{name}"
+
+
+def _assign(content: dict[str, Any], key: str, text: str) -> None:
+    known = list(_flatten(content))
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        hint = f"; the nearest is {nearest[0]}" if nearest else f"; known are {', '.join(known)}"
+        raise UserError(f"there is no setting {key}{hint}")
+    *path, last = key.split(".")
+    node: Any = content
+    for part in path:
+        if isinstance(node, (list, tuple)):
+            node = node[int(part)]
+        else:
+            node[part] = list(node[part]) if isinstance(node[part], tuple) else node[part]
+            node = node[part]
+    node[last] = _Text(text)
+
+
+class _Text(str):
+    """A value from the command line, still to be read as its field's type."""
+
+
+def _build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1)
+            raise UserError(f"there is no setting {where}{name}" + (f"; the nearest is {where}{nearest[0]}" if nearest else ""))
+    return cls(**{name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, _Text) and value.lower() in ("none", "null")):
+            return None
+        return _convert(value, next(arg for arg in args if arg is not type(None)), where)
+    if origin is tuple:
+        items = [_Text(part.strip()) for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise UserError(f"{where} takes {len(args)} values joined by commas, not {value!r}")
+        each = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        return tuple(_convert(item, arg, f"{where}.{i}") for i, (item, arg) in enumerate(zip(items, each, strict=True)))
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, f"{where}.")
+    return _scalar(value, hint, where)
+
+
+def _scalar(value: Any, hint: type, where: str) -> Any:
+    try:
+        if hint is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+        if hint is str:
+            return str(value)
+        if isinstance(value, bool):
+            raise TypeError
+        if hint is int:
+            as_float = float(value)
+            if as_float != int(as_float):
+                raise ValueError
+            return int(as_float)
+        return float(value)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
+        raise UserError(f"{where}={value} is not {kind}") from None

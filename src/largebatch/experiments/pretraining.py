@@ -1,0 +1,163 @@
+"""BERT pre-training as a workload: a prepared corpus, masked words and next sentences."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from largebatch.data import Corpus, PretrainingInstances, SampleStream, unigram_entropy
+from largebatch.errors import UserError
+from largebatch.evaluate.pretraining import evaluate_pretraining
+from largebatch.experiments.config import PretrainingConfig
+from largebatch.experiments.workload import cut, rank_share
+from largebatch.models import BertConfig, BertForPreTraining, pretraining_loss, training_flops
+from largebatch.train import GlobalBatch, MicroBatch, distributed
+
+# Sequences per micro-batch in evaluation, where no activations are kept.
+_EVALUATION_MICRO_BATCH = 64
+
+
+class PretrainingWorkload:
+    """Fulfils `Workload` for a `PretrainingConfig`.
+
+    Raises:
+        UserError: the corpus is missing or damaged, or a stage has no sequence length.
+    """
+
+    def __init__(self, config: PretrainingConfig) -> None:
+        if not config.data.path:
+            raise UserError("no corpus was given; make one with `largebatch prepare` and name it with --data")
+        self.config = config
+        self.corpus = Corpus.open(Path(config.data.path))
+        self.bert = BertConfig.named(
+            config.model.name,
+            vocab_size=self.corpus.vocab_size,
+            hidden_dropout_prob=config.model.hidden_dropout,
+            attention_probs_dropout_prob=config.model.attention_dropout,
+        )
+        for index, stage in enumerate(config.stages):
+            if stage.sequence_length is None:
+                raise UserError(f"stages.{index}.sequence_length is not set")
+            if stage.sequence_length > self.bert.max_position_embeddings:
+                raise UserError(
+                    f"stages.{index}.sequence_length is {stage.sequence_length}, more than the model's "
+                    f"{self.bert.max_position_embeddings} positions"
+                )
+        self._train = [self._instances("train", index) for index in range(len(config.stages))]
+        self._heldout = [self._instances("heldout", index) for index in range(len(config.stages))]
+        for stage, instances in zip(config.stages, self._train, strict=True):
+            if instances.num_instances(0) == 0:
+                raise UserError(f"{config.data.path} holds no training instance of length {stage.sequence_length}")
+        self.micro_batch_sizes = [stage.micro_batch_size or 0 for stage in config.stages]
+        self.details = {"bert": self.bert.to_hf(), "vocab_size": self.bert.vocab_size}
+        self.baselines = {"unigram_mlm_loss": unigram_entropy(self.corpus)}
+        self.notes: list[str] = []
+
+    def model(self) -> nn.Module:
+        return BertForPreTraining(self.bert)
+
+    def batches(self, stage: int, cursor: Mapping[str, int] | None) -> Iterator[GlobalBatch]:
+        instances = self._train[stage]
+        # Each stage walks through the corpus in an order of its own; the cursor belongs to the stage it names.
+        stream = SampleStream(instances.num_instances, seed=self.config.seed + stage)
+        position = {"epoch": 0, "position": 0}
+        if cursor is not None and cursor["stage"] == stage:
+            position = {name: cursor[name] for name in position}
+        share = rank_share(self.config.stages[stage].batch_size, distributed.rank(), distributed.world_size())
+        while True:
+            pieces, position = stream.take(position, self.config.stages[stage].batch_size)
+            samples = np.concatenate([np.column_stack([np.full_like(rows, epoch), rows]) for epoch, rows in pieces])
+            yield self._global_batch(stage, samples[share], {"stage": stage, **position})
+
+    def _global_batch(self, stage: int, samples: np.ndarray, cursor: dict[str, int]) -> GlobalBatch:
+        micro_batches, num_tokens, flops = [], 0, 0.0
+        for part in cut(samples, self.micro_batch_sizes[stage]):
+            arrays = self._read(self._train[stage], part)
+            num_tokens += int(arrays["lengths"].sum())
+            flops += training_flops(self.bert, arrays["lengths"], len(arrays["masked_labels"]))
+            micro_batches.append(as_micro_batch(arrays))
+        return GlobalBatch(
+            micro_batches=micro_batches,
+            totals={
+                "masked": sum(len(micro_batch["masked_labels"]) for micro_batch in micro_batches),
+                "sequences": len(samples),
+            },
+            num_sequences=len(samples),
+            num_tokens=num_tokens,
+            flops=flops,
+            cursor=cursor,
+        )
+
+    @staticmethod
+    def _read(instances: PretrainingInstances, samples: np.ndarray) -> dict[str, np.ndarray]:
+        """The instances of rows (epoch, index); a micro-batch across the end of an epoch is made of two."""
+        epochs, rows = samples.T
+        return _concatenate([instances.batch(int(epoch), rows[epochs == epoch]) for epoch in np.unique(epochs)])
+
+    def loss(
+        self, model: nn.Module, micro_batch: MicroBatch, totals: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return pretraining_loss(model, micro_batch, totals)
+
+    def probe_batch(self, stage: int, size: int) -> MicroBatch:
+        length = self.config.stages[stage].sequence_length
+        assert length is not None
+        num_masked = max(1, round(self.config.data.masked_lm_probability * length))
+        masked = (torch.arange(size)[:, None] * length + 1 + torch.arange(num_masked)).reshape(-1)
+        return {
+            "input_ids": torch.full((size, length), self.bert.vocab_size - 1),
+            "token_type_ids": torch.zeros(size, length, dtype=torch.int64),
+            "attention_mask": torch.ones(size, length, dtype=torch.bool),
+            "masked_positions": masked,
+            "masked_labels": torch.zeros_like(masked),
+            "next_sentence_labels": torch.zeros(size, dtype=torch.int64),
+        }
+
+    def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:
+        instances = self._heldout[stage]
+        count = min(self.config.data.evaluation_sequences, instances.num_instances(0))
+        if count == 0:
+            return {}
+        chunks = cut(np.arange(count), _EVALUATION_MICRO_BATCH)
+        micro_batches = (as_micro_batch(instances.batch(0, chunk)) for chunk in chunks)
+        return {"split": "heldout", **evaluate_pretraining(model, micro_batches)}
+
+    def _instances(self, split: str, stage: int) -> PretrainingInstances:
+        config, data = self.config.stages[stage], self.config.data
+        assert config.sequence_length is not None
+        return PretrainingInstances(
+            self.corpus.split(split),
+            config.sequence_length,
+            seed=self.config.seed + stage,
+            max_predictions=config.max_predictions,
+            masked_lm_prob=data.masked_lm_probability,
+            short_sequence_prob=data.short_sequence_probability,
+            whole_word_masking=data.whole_word_masking,
+        )
+
+
+def as_micro_batch(arrays: dict[str, np.ndarray]) -> MicroBatch:
+    """Instances as the model takes them: int64 ids and a mask of the real tokens."""
+    micro_batch = {
+        name: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+        for name, array in arrays.items()
+        if name != "lengths"
+    }
+    positions = torch.arange(micro_batch["input_ids"].shape[1])
+    micro_batch["attention_mask"] = positions < torch.from_numpy(arrays["lengths"].astype(np.int64))[:, None]
+    return micro_batch
+
+
+def _concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    if len(parts) == 1:
+        return parts[0]
+    length = parts[0]["input_ids"].shape[1]
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "masked_positions"}
+    offsets = np.cumsum([0] + [len(part["input_ids"]) * length for part in parts[:-1]])
+    whole["masked_positions"] = np.concatenate(
+        [part["masked_positions"] + offset for part, offset in zip(parts, offsets, strict=True)]
+    )
+    return whole

@@ -1,0 +1,367 @@
+"""From a configuration to a run directory: train, evaluate, checkpoint, resume."""
+
+import dataclasses
+import functools
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largebatch import schedules
+from largebatch.errors import UserError
+from largebatch.experiments.config import (
+    ClassificationConfig,
+    PretrainingConfig,
+    RunConfig,
+    SquadConfig,
+    StageConfig,
+    from_json,
+    to_json,
+)
+from largebatch.experiments.optimizers import build_optimizer
+from largebatch.experiments.workload import Workload
+from largebatch.train import Engine, Stage, StepResult, TrainingDiverged, allocator, checkpoint, distributed, hardware
+from largebatch.train.metrics import RunDirectory, read_json
+from largebatch.train.micro_batch import find_micro_batch
+
+# What a run shows while it goes: called with each step and the run's total number of steps, and with each event.
+OnStep = Callable[[StepResult, int], None]
+OnEvent = Callable[[str], None]
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has written a checkpoint."""
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_step: OnStep = lambda result, total: None,
+    on_event: OnEvent = lambda line: None,
+) -> dict[str, Any]:
+    """Train what `config` describes into the run directory `out`, and evaluate it.
+
+    Args:
+        config: the run; ignored in favour of the directory's own `config.json` when an earlier run is resumed.
+        out: the run directory; must be new, unless `resume`.
+        resume: go on from the newest checkpoint in `out`, with the same bits as if the run had never stopped.
+        on_step: called after each optimizer step.
+        on_event: called with a line of text for what else happens.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        UserError: settings, data or checkpoint are not right; nothing is left behind then.
+        Interrupted: on SIGINT or SIGTERM, after a checkpoint has been written.
+        TrainingDiverged: the gradient stayed infinite or NaN.
+    """
+    started = (out / "config.json").exists()
+    if started and not resume:
+        raise UserError(f"{out} holds a run already; resume it with --resume or name another folder with --out")
+    if started:
+        config = config_of(out)
+        if (out / "summary.json").exists():
+            on_event(f"{out} is complete")
+            return read_json(out / "summary.json")
+    settings = allocator.keep_freed_memory()
+    device = distributed.initialize(config.device)
+    try:
+        return _run(config, out, started, device, settings, on_step, on_event)
+    finally:
+        distributed.finalize()
+
+
+def _run(
+    config: RunConfig, out: Path, started: bool, device: torch.device, settings: str, on_step: OnStep, on_event: OnEvent
+) -> dict[str, Any]:
+    config = dataclasses.replace(config, precision=_precision(config.precision, device))
+    workload = build_workload(config)
+    torch.manual_seed(config.seed)
+    model = workload.model().to(device)
+    optimizer = build_optimizer(config.optim, model)
+    stages = build_stages(config)
+    engine = Engine(
+        model,
+        optimizer,
+        stages,
+        workload.batches,
+        workload.loss,
+        max_grad_norm=config.max_grad_norm,
+        autocast=config.precision,
+        seed=config.seed,
+    )
+    config = _with_micro_batches(config, workload, engine, device, on_event)
+    chief = distributed.rank() == 0
+    directory = RunDirectory(out, write=chief)
+    if config.tensorboard:
+        directory.use_tensorboard()
+    found = checkpoint.latest(directory.checkpoints) if started else None
+    if found is not None:
+        engine.progress = checkpoint.load(found, model, optimizer)
+        on_event(f"resuming {out} after step {engine.progress.step}")
+    directory.rewind(engine.progress.step)
+    directory.write_json("config.json", {**to_json(config), "details": workload.details})
+    directory.write_json("env.json", hardware.describe(device, settings))
+    if found is not None:
+        directory.log("resume", step=engine.progress.step)
+    try:
+        return _train(config, workload, engine, directory, on_step, on_event)
+    finally:
+        directory.close()
+
+
+def _train(
+    config: RunConfig,
+    workload: Workload,
+    engine: Engine,
+    directory: RunDirectory,
+    on_step: OnStep,
+    on_event: OnEvent,
+) -> dict[str, Any]:
+    device = next(engine.model.parameters()).device
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    peak_flops_per_s = hardware.matmul_flops_per_s(device, dtype) * distributed.world_size()
+    num_steps = sum(stage.steps for stage in engine.stages)
+    evaluation: dict[str, Any] = {}
+
+    def save() -> None:
+        if directory.write:
+            checkpoint.save(
+                directory.checkpoints, engine.model, engine.optimizer, engine.progress, keep=config.keep_checkpoints
+            )
+
+    with _stop_signals() as stop_requested:
+        for result in engine.run():
+            stage = _stage_index(engine.stages, result.stage)
+            if result.stage_step == 1:
+                directory.log("stage", step=result.step, stage=result.stage.name, batch_size=result.stage.batch_size)
+            directory.log("step", **_step_line(result, engine, peak_flops_per_s))
+            if config.trust_ratios_every and (result.step % config.trust_ratios_every == 0 or result.step == 1):
+                _log_trust_ratios(result, engine, directory)
+            on_step(result, num_steps)
+            if result.ends_stage or (config.evaluate_every and result.step % config.evaluate_every == 0):
+                evaluation = workload.evaluate(engine.model, stage, directory.path if directory.write else None)
+                directory.log("eval", step=result.step, stage=result.stage.name, **evaluation)
+                on_event(f"{result.stage.name} step {result.stage_step}: " + describe_evaluation(evaluation))
+            due = config.checkpoint_every and result.step % config.checkpoint_every == 0
+            if due or result.ends_stage or stop_requested():
+                save()
+            if stop_requested() and result.step < num_steps:
+                raise Interrupted(f"stopped after step {result.step}; go on with --resume --out {directory.path}")
+
+    if not evaluation:  # the run had been stopped between its last step and its summary
+        evaluation = workload.evaluate(engine.model, len(engine.stages) - 1, directory.path if directory.write else None)
+    summary = {
+        "recipe": config.recipe,
+        "kind": config.kind,
+        "status": "complete",
+        "steps": engine.progress.step,
+        "samples": engine.progress.samples,
+        "tokens": engine.progress.tokens,
+        "wall_s": round(engine.progress.elapsed_s, 3),
+        "parameters": sum(parameter.numel() for parameter in engine.model.parameters()),
+        "peak_flops_per_s": peak_flops_per_s,
+        "evaluation": evaluation,
+        "baselines": workload.baselines,
+        "notes": workload.notes,
+    }
+    directory.write_json("summary.json", summary)
+    distributed.barrier()
+    return summary
+
+
+def config_of(run_directory: Path) -> RunConfig:
+    """The configuration that a run directory was made with, micro-batches and precision resolved."""
+    content = read_json(run_directory / "config.json")
+    content.pop("details", None)
+    return from_json(content)
+
+
+def build_workload(config: RunConfig) -> Workload:
+    """The workload of a configuration's kind; reads its data."""
+    if isinstance(config, PretrainingConfig):
+        from largebatch.experiments.pretraining import PretrainingWorkload
+
+        return PretrainingWorkload(config)
+    if isinstance(config, ClassificationConfig):
+        from largebatch.experiments.classification import ClassificationWorkload
+
+        return ClassificationWorkload(config)
+    assert isinstance(config, SquadConfig)
+    from largebatch.experiments.squad import SquadWorkload
+
+    return SquadWorkload(config)
+
+
+def build_stages(config: RunConfig) -> list[Stage]:
+    """The engine's stages: rates filled in by the square-root rule, schedules built.
+
+    Raises:
+        UserError: a batch that the ranks cannot share, a warm-up longer than its stage, an unknown schedule, or an
+            `optim.lr` that no stage would use.
+    """
+    if not config.stages:
+        raise UserError("the run has no stages")
+    if all(stage.learning_rate is not None for stage in config.stages) and config.optim.lr != type(config.optim).lr:
+        raise UserError(
+            "optim.lr has no effect: every stage has a rate of its own; set stages.0.learning_rate and so on instead"
+        )
+    stages: list[Stage] = []
+    for index, stage in enumerate(config.stages):
+        _check_sizes(stage, f"stages.{index}")
+        if stage.schedule == "continue" and index > 0:
+            offset += config.stages[index - 1].steps
+        else:
+            curve, offset = _curve(config, index), 0
+        rate = functools.partial(_rate, curve, offset)
+        stages.append(Stage(stage.name, stage.steps, stage.batch_size, rate, stage.keep_moments))
+    return stages
+
+
+def peak_rate(config: RunConfig, index: int) -> float:
+    """A stage's own rate, or `optim.lr` scaled by the square root of its batch over the first stage's."""
+    stage = config.stages[index]
+    if stage.learning_rate is not None:
+        return stage.learning_rate
+    return config.optim.lr * math.sqrt(stage.batch_size / config.stages[0].batch_size)
+
+
+def describe_evaluation(evaluation: dict[str, Any]) -> str:
+    """An evaluation in one line of text."""
+    numbers = [f"{name} {value:.4g}" for name, value in evaluation.items() if isinstance(value, float)]
+    return f"{evaluation.get('split', 'evaluation')}: " + ", ".join(numbers)
+
+
+def _check_sizes(stage: StageConfig, where: str) -> None:
+    for name in ("batch_size", "steps"):
+        if getattr(stage, name) < 1:
+            raise UserError(f"{where}.{name} is {getattr(stage, name)}; it must be at least 1")
+    if stage.batch_size % distributed.world_size():
+        raise UserError(f"{where}.batch_size is {stage.batch_size}, no multiple of the {distributed.world_size()} ranks")
+    rank_batch, size = stage.batch_size // distributed.world_size(), stage.micro_batch_size
+    if size is not None and (size < 1 or rank_batch % size):
+        of = "" if rank_batch == stage.batch_size else " a rank"
+        raise UserError(
+            f"{where}.batch_size is {rank_batch}{of}, no multiple of the micro-batch {size}; "
+            f"set {where}.micro_batch_size to a divisor, or to none to have it found"
+        )
+
+
+def _curve(config: RunConfig, index: int) -> Callable[[int], float]:
+    """The schedule that begins with a stage and spans those after it that say "continue"."""
+    stage, rate = config.stages[index], peak_rate(config, index)
+    steps = stage.steps
+    for later in config.stages[index + 1 :]:
+        if later.schedule != "continue":
+            break
+        steps += later.steps
+    try:
+        if stage.schedule == "polynomial":
+            return schedules.PolynomialDecay(rate, steps, stage.warmup_steps, power=stage.power)
+        if stage.schedule == "triangle":
+            return schedules.Triangle(rate, steps, stage.warmup_steps, power=stage.power)
+        if stage.schedule == "constant":
+            return schedules.Warmup(schedules.Constant(rate), stage.warmup_steps)
+    except ValueError as error:
+        raise UserError(f"stages.{index}: {error}") from None
+    raise UserError(
+        f"stages.{index}.schedule is {stage.schedule!r}; it must be polynomial, triangle, constant, "
+        "or, after the first stage, continue"
+    )
+
+
+def _rate(curve: Callable[[int], float], offset: int, step: int) -> float:
+    return curve(step + offset)
+
+
+def _with_micro_batches(
+    config: RunConfig, workload: Workload, engine: Engine, device: torch.device, on_event: OnEvent
+) -> RunConfig:
+    """Fill in the micro-batch of every stage that has none, by a probe that leaves the model as it was."""
+    stages = []
+    for index, stage in enumerate(config.stages):
+        size = stage.micro_batch_size
+        if size is None:
+            size = find_micro_batch(
+                lambda size, index=index: engine.probe(workload.probe_batch(index, size)),
+                stage.batch_size // distributed.world_size(),
+                device,
+            )
+            size = distributed.smallest(size, device)
+            on_event(f"{stage.name}: micro-batch {size} of {stage.batch_size}, found by a probe")
+        workload.micro_batch_sizes[index] = size
+        stages.append(dataclasses.replace(stage, micro_batch_size=size))
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
+def _precision(precision: str, device: torch.device) -> str:
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"precision is {precision!r}; it must be auto, fp32 or bf16")
+    if precision == "auto":
+        return "bf16" if hardware.bf16_is_fast(device) else "fp32"
+    return precision
+
+
+def _stage_index(stages: list[Stage], stage: Stage) -> int:
+    return next(index for index, candidate in enumerate(stages) if candidate is stage)
+
+
+def _step_line(result: StepResult, engine: Engine, peak_flops_per_s: float) -> dict[str, Any]:
+    return {
+        "step": result.step,
+        "stage": result.stage.name,
+        "stage_step": result.stage_step,
+        "samples": engine.progress.samples,
+        "lr": result.learning_rate,
+        **result.metrics,
+        "grad_norm": result.grad_norm,
+        "clipped": result.clipped,
+        "skipped": result.skipped,
+        "tokens_per_s": result.num_tokens / result.step_s,
+        "sequences_per_s": result.num_sequences / result.step_s,
+        "flops_per_s": result.flops / result.step_s,
+        "mfu": result.flops / result.step_s / peak_flops_per_s,
+        "data_s": result.data_s,
+        "time_s": engine.progress.elapsed_s,
+    }
+
+
+def _log_trust_ratios(result: StepResult, engine: Engine, directory: RunDirectory) -> None:
+    if result.skipped or not hasattr(engine.optimizer, "trust_ratios"):
+        return
+    ratios = engine.optimizer.trust_ratios()
+    values = torch.stack([ratio.float() for ratio in ratios.values()]).tolist() if ratios else []
+    named = {str(name): value for name, value in zip(ratios, values, strict=True)}
+    directory.log("trust_ratios", step=result.step, stage=result.stage.name, ratios=named)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """While it lasts, SIGINT and SIGTERM only take note, so that the step under way is finished; a second one kills."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals stay with whoever runs it
+        pass
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["Interrupted", "TrainingDiverged", "build_stages", "build_workload", "config_of", "peak_rate", "run"]

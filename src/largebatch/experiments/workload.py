@@ -1,0 +1,55 @@
+"""What the runner needs to know of a kind of run; one class per kind fulfils it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from largebatch.train import GlobalBatch, MicroBatch
+
+
+class Workload(Protocol):
+    """A model, its data and its loss.
+
+    Attributes:
+        micro_batch_sizes: of each stage; the runner fills it in before it asks for batches.
+        details: what the configuration does not say, such as the resolved model, for the run's `config.json`.
+        baselines: figures to read the evaluation against, by name.
+        notes: what a reader of the figures must know.
+    """
+
+    micro_batch_sizes: list[int]
+    details: dict[str, Any]
+    baselines: dict[str, float]
+    notes: list[str]
+
+    def model(self) -> nn.Module:
+        """A fresh model; the random state is seeded by the caller."""
+
+    def batches(self, stage: int, cursor: Mapping[str, int] | None) -> Iterator[GlobalBatch]:
+        """This rank's part of each global batch of a stage, from the cursor on."""
+
+    def loss(
+        self, model: nn.Module, micro_batch: MicroBatch, totals: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """This micro-batch's contribution to the mean loss and metrics of the global batch."""
+
+    def probe_batch(self, stage: int, size: int) -> MicroBatch:
+        """A micro-batch of `size` samples that takes as much memory as any can."""
+
+    def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:
+        """Figures on held-out data: all that belongs into an `eval` line, `split` included."""
+
+
+def rank_share(batch_size: int, rank: int, world_size: int) -> slice:
+    """The part of a global batch that a rank computes."""
+    size = batch_size // world_size
+    return slice(rank * size, (rank + 1) * size)
+
+
+def cut(samples: Sequence[Any], size: int) -> Iterator[Any]:
+    """Cut samples into micro-batches of `size`."""
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]

@@ -1,0 +1,287 @@
+"""The engine: a generator of optimizer steps over a sequence of stages.
+
+It is handed the model, the optimizer, the stages, the batches and the loss, and knows nothing of what they compute.
+One global step is
+
+    totals <- what normalises the loss, summed over micro-batches and ranks
+    for each micro-batch:  (loss / totals).backward()          gradients add up
+    sum the gradients over ranks, once
+    clip by the global norm, set the learning rate, step
+
+so the result does not depend on how the global batch is cut into micro-batches and ranks, but for rounding.
+"""
+
+import collections
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from largebatch.optim import norms
+from largebatch.train import distributed
+from largebatch.train.prefetch import prefetch
+
+MicroBatch = dict[str, Tensor]
+Loss = Callable[[nn.Module, MicroBatch, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row had a gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One optimizer step's data, this rank's part of it."""
+
+    micro_batches: list[MicroBatch]
+    totals: dict[str, int]  # this rank's counts that normalise the loss, by name
+    num_sequences: int
+    num_tokens: int  # real ones, without padding
+    flops: float  # forward and backward, padding not counted
+    cursor: dict[str, int]  # where the data continues after this batch
+
+
+Batches = Callable[[int, Mapping[str, int] | None], Iterator[GlobalBatch]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with one batch size and one learning-rate schedule.
+
+    Attributes:
+        name: shown in metrics and reports.
+        steps: number of optimizer steps.
+        batch_size: samples in a global batch.
+        learning_rate: step within the stage, from 0, to learning rate.
+        keep_moments: whether the optimizer's moments live on from the stage before.
+    """
+
+    name: str
+    steps: int
+    batch_size: int
+    learning_rate: Callable[[int], float]
+    keep_moments: bool = True
+
+
+@dataclass
+class Progress:
+    """Where training stands after the last finished step; with the weights, all that a resume needs."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    cursor: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; numbers are over the global batch."""
+
+    step: int  # from 1, over all stages
+    stage: Stage
+    stage_step: int  # from 1
+    learning_rate: float
+    metrics: dict[str, float]  # "loss" and what the loss function reports
+    grad_norm: float  # before clipping
+    clipped: bool
+    skipped: bool  # the gradient was not finite, and the weights were left alone
+    num_sequences: int
+    num_tokens: int
+    flops: float
+    step_s: float
+    data_s: float  # part of step_s spent waiting for the batch
+
+    @property
+    def ends_stage(self) -> bool:
+        return self.stage_step == self.stage.steps
+
+
+@dataclass
+class Engine:
+    """Trains `model` through `stages`; iterate over `run()` to make it go.
+
+    Args:
+        model: on the device it trains on, the same on every rank.
+        optimizer: any `torch.optim.Optimizer` over the model's parameters. The learning rate of every group is set
+            to the stage's, times the group's `lr_scale` where it has one.
+        stages: in order.
+        batches: `batches(stage_index, cursor)` iterates over the global batches of a stage, from the cursor on.
+        loss: `loss(model, micro_batch, totals)` gives this micro-batch's contribution to the global mean loss, and to
+            each reported metric.
+        max_grad_norm: gradients are scaled down to this global norm; None for no clipping.
+        autocast: "fp32", or "bf16" for bfloat16 matrix products with fp32 weights.
+        seed: with the step and the micro-batch the key of the dropout masks.
+        max_skipped: give up after this many steps in a row whose gradient is not finite.
+        progress: where to begin; changed in place, and consistent whenever `run()` has yielded.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    stages: Sequence[Stage]
+    batches: Batches
+    loss: Loss
+    max_grad_norm: float | None = 1.0
+    autocast: str = "fp32"
+    seed: int = 0
+    max_skipped: int = 10
+    progress: Progress = field(default_factory=Progress)
+
+    def run(self) -> Iterator[StepResult]:
+        """Yield after every optimizer step, from `progress` to the end of the last stage.
+
+        Raises:
+            TrainingDiverged: `max_skipped` steps in a row had a gradient that is not finite.
+        """
+        skipped_in_a_row = 0
+        while self.progress.stage < len(self.stages):
+            index, stage = self.progress.stage, self.stages[self.progress.stage]
+            if self.progress.stage_step == 0 and not stage.keep_moments:
+                self.optimizer.state.clear()
+            batches = prefetch(self.batches(index, self.progress.cursor))
+            try:
+                while self.progress.stage_step < stage.steps:
+                    result = self._step(stage, batches)
+                    skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+                    if result.ends_stage:
+                        self.progress.stage, self.progress.stage_step = index + 1, 0
+                    yield result
+                    if skipped_in_a_row >= self.max_skipped:
+                        raise TrainingDiverged(
+                            f"training diverged: the gradient was not finite in the {skipped_in_a_row} steps up to "
+                            f"step {result.step} ({stage.name}, learning rate {result.learning_rate:.3g}); "
+                            "use a lower learning rate or a longer warm-up"
+                        )
+            finally:
+                batches.close()
+
+    def probe(self, micro_batch: MicroBatch) -> None:
+        """Run forward and backward on a micro-batch, and leave weights, gradients and random state as they were."""
+        device = next(self.model.parameters()).device
+        random_state = torch.get_rng_state()
+        totals: dict[str, Tensor] = collections.defaultdict(lambda: torch.ones((), device=device))
+        self.model.train()
+        with self._autocast(device):
+            loss, _ = self.loss(self.model, to_device(micro_batch, device), totals)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(random_state)
+
+    def _step(self, stage: Stage, batches: Iterator[GlobalBatch]) -> StepResult:
+        start = time.perf_counter()
+        batch = next(batches)
+        data_s = time.perf_counter() - start
+
+        device = next(self.model.parameters()).device
+        totals, (num_sequences, num_tokens, flops) = _global_counts(batch, device)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for index, micro_batch in enumerate(batch.micro_batches):
+            self._seed_dropout(index)
+            with self._autocast(device):
+                loss, metrics = self.loss(self.model, to_device(micro_batch, device), totals)
+            loss.backward()  # type: ignore[no-untyped-call]
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums[name] + value.float() if name in sums else value.float()
+        distributed.sum_gradients(self.model.parameters())
+        grad_norm = global_grad_norm(self.model.parameters())
+
+        # One transfer, and so one wait for the device, tells everything about the step.
+        stacked = distributed.sum_over_ranks(torch.stack([value.to(device) for value in sums.values()]))
+        *values, norm = torch.cat([stacked, grad_norm.float().reshape(1)]).tolist()
+        finite = norm < float("inf")  # false for NaN as well
+        clipped = finite and self.max_grad_norm is not None and norm > self.max_grad_norm
+        learning_rate = stage.learning_rate(self.progress.stage_step)
+        if clipped:
+            _scale_gradients(self.model.parameters(), self.max_grad_norm / grad_norm)
+        if finite:
+            set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+
+        progress = self.progress
+        step_s = time.perf_counter() - start
+        progress.step += 1
+        progress.stage_step += 1
+        progress.samples += int(num_sequences)
+        progress.tokens += int(num_tokens)
+        progress.elapsed_s += step_s
+        progress.cursor = dict(batch.cursor)
+        return StepResult(
+            step=progress.step,
+            stage=stage,
+            stage_step=progress.stage_step,
+            learning_rate=learning_rate,
+            metrics=dict(zip(sums, values, strict=True)),
+            grad_norm=norm,
+            clipped=clipped,
+            skipped=not finite,
+            num_sequences=int(num_sequences),
+            num_tokens=int(num_tokens),
+            flops=flops,
+            step_s=step_s,
+            data_s=data_s,
+        )
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16) if self.autocast == "bf16" else nullcontext()
+
+    def _seed_dropout(self, micro_batch: int) -> None:
+        """Key the dropout masks by (seed, step, rank, micro-batch): a resumed run draws what the first would have."""
+        key = (self.seed, self.progress.step, distributed.rank(), micro_batch)
+        torch.manual_seed(_mix(*key))
+
+
+def _mix(*keys: int) -> int:
+    """A 63-bit hash of some counters: the finaliser of splitmix64 over each in turn."""
+    state = 0
+    for key in keys:
+        state = (state + key + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def _global_counts(batch: GlobalBatch, device: torch.device) -> tuple[dict[str, Tensor], list[float]]:
+    """The normalisers of the loss, at least 1 each, and the sequences, tokens and FLOPs of the batch over all ranks."""
+    counts = [*batch.totals.values(), batch.num_sequences, batch.num_tokens, batch.flops]
+    summed = torch.tensor(counts, dtype=torch.float64)
+    if distributed.world_size() > 1:
+        summed = distributed.sum_over_ranks(summed.to(device)).cpu()
+    totals = summed[: len(batch.totals)].clamp(min=1).float().to(device)
+    return dict(zip(batch.totals, totals.unbind(), strict=True)), summed[len(batch.totals) :].tolist()
+
+
+def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch on `device`; itself where it is there already."""
+    if device.type == "cpu":
+        return micro_batch
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+
+
+def global_grad_norm(parameters: Iterator[nn.Parameter]) -> Tensor:
+    """The l2 norm over all gradients, a 0-D tensor, accumulated as accurately as the optimizers' own norms."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return norms.squared_norms(gradients).sum().sqrt()
+
+
+def _scale_gradients(parameters: Iterator[nn.Parameter], factor: Tensor) -> None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give every parameter group this learning rate, times its own `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        rate = learning_rate * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
