@@ -4,4 +4,9 @@ Importing this package imports torch and numpy and nothing else; the training sy
 ``largebatch`` command lives in the subpackages and is imported when it is used.
 """
 
+from largebatch import schedules
+from largebatch.scaling import Plan, Stage, plan
+
+__all__ = ["Plan", "Stage", "plan", "schedules"]
+
 __version__ = "0.1.0"
