@@ -70,4 +70,7 @@ class ClassificationWorkload:
         return {"images": self._train.images[rows], "labels": self._train.labels[rows]}
 
     def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:
-        return {"split": "test", **evaluate_classification(model, self._test.images, self._test.labels)}
+        return {"split": "test", **evaluate_classification(model, self._test, self.loss)}
+
+    def save_assets(self, run: Path) -> None:
+        """Nothing: the configuration says it all."""

@@ -133,6 +133,7 @@ class SquadConfig(RunConfig):
 
     kind: ClassVar[str] = "squad"
 
+    epochs: float = 2.0  # passes over the training set, for stages whose steps are 0
     init: str = ""  # a run, a checkpoint or a folder in Hugging Face's format
     random_encoder: bool = False  # the baseline: the same model and tokenizer with fresh weights
     data: SquadData = field(default_factory=SquadData)
@@ -219,7 +220,9 @@ def _build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     for name in values:
         if name not in names:
             nearest = difflib.get_close_matches(name, names, n=1)
-            raise UserError(f"there is no setting {where}{name}" + (f"; the nearest is {where}{nearest[0]}" if nearest else ""))
+            raise UserError(
+                f"there is no setting {where}{name}" + (f"; the nearest is {where}{nearest[0]}" if nearest else "")
+            )
     return cls(**{name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()})
 
 
@@ -230,7 +233,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return None
         return _convert(value, next(arg for arg in args if arg is not type(None)), where)
     if origin is tuple:
-        items = [_Text(part.strip()) for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
+        items = (
+            [_Text(part.strip()) for part in value.split(",") if part.strip()]
+            if isinstance(value, str)
+            else list(value)
+        )
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise UserError(f"{where} takes {len(args)} values joined by commas, not {value!r}")
         each = [args[0]] * len(items) if args[-1] is Ellipsis else args

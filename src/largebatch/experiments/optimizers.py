@@ -39,7 +39,12 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
             plain = [{"params": _tensors(group["params"]), "weight_decay": group["weight_decay"]} for group in groups]
             kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.SGD
             return kind(plain, lr=config.lr, **arguments)
-        kinds = {"lamb": largebatch.LAMB, "nlamb": largebatch.NLAMB, "nnlamb": largebatch.NNLAMB, "lars": largebatch.LARS}
+        kinds = {
+            "lamb": largebatch.LAMB,
+            "nlamb": largebatch.NLAMB,
+            "nnlamb": largebatch.NNLAMB,
+            "lars": largebatch.LARS,
+        }
         return kinds[config.name](groups, lr=config.lr, weight_decay=config.weight_decay, **arguments)
     except ValueError as error:
         raise UserError(f"optimizer {config.name}: {error}") from None
@@ -53,4 +58,6 @@ def _refuse_idle_settings(config: OptimConfig) -> None:
     read = {"name", "lr", "weight_decay", "exclude", *_READS[config.name]}
     for setting in dataclasses.fields(OptimConfig):
         if setting.name not in read and getattr(config, setting.name) != setting.default:
-            raise UserError(f"optim.{setting.name} has no effect on {config.name}, which reads {', '.join(sorted(read))}")
+            raise UserError(
+                f"optim.{setting.name} has no effect on {config.name}, which reads {', '.join(sorted(read))}"
+            )

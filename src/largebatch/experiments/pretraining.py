@@ -12,6 +12,7 @@ from largebatch.data import Corpus, PretrainingInstances, SampleStream, unigram_
 from largebatch.errors import UserError
 from largebatch.evaluate.pretraining import evaluate_pretraining
 from largebatch.experiments.config import PretrainingConfig
+from largebatch.experiments.transfer import copy_tokenizer
 from largebatch.experiments.workload import cut, rank_share
 from largebatch.models import BertConfig, BertForPreTraining, pretraining_loss, training_flops
 from largebatch.train import GlobalBatch, MicroBatch, distributed
@@ -47,13 +48,16 @@ class PretrainingWorkload:
                     f"{self.bert.max_position_embeddings} positions"
                 )
         self._train = [self._instances("train", index) for index in range(len(config.stages))]
-        self._heldout = [self._instances("heldout", index) for index in range(len(config.stages))]
+        holds_out = self.corpus.manifest.splits["heldout"]["documents"] > 0
+        self._heldout = [
+            self._instances("heldout", index) if holds_out else None for index in range(len(config.stages))
+        ]
         for stage, instances in zip(config.stages, self._train, strict=True):
             if instances.num_instances(0) == 0:
                 raise UserError(f"{config.data.path} holds no training instance of length {stage.sequence_length}")
         self.micro_batch_sizes = [stage.micro_batch_size or 0 for stage in config.stages]
         self.details = {"bert": self.bert.to_hf(), "vocab_size": self.bert.vocab_size}
-        self.baselines = {"unigram_mlm_loss": unigram_entropy(self.corpus)}
+        self.baselines = {"unigram_mlm_loss": unigram_entropy(self.corpus)} if holds_out else {}
         self.notes: list[str] = []
 
     def model(self) -> nn.Module:
@@ -118,12 +122,15 @@ class PretrainingWorkload:
 
     def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:
         instances = self._heldout[stage]
-        count = min(self.config.data.evaluation_sequences, instances.num_instances(0))
-        if count == 0:
+        if instances is None:
             return {}
+        count = min(self.config.data.evaluation_sequences, instances.num_instances(0))
         chunks = cut(np.arange(count), _EVALUATION_MICRO_BATCH)
         micro_batches = (as_micro_batch(instances.batch(0, chunk)) for chunk in chunks)
-        return {"split": "heldout", **evaluate_pretraining(model, micro_batches)}
+        return {"split": "heldout", **evaluate_pretraining(model, micro_batches, self.loss)}
+
+    def save_assets(self, run: Path) -> None:
+        copy_tokenizer(self.corpus.tokenizer_files, run)
 
     def _instances(self, split: str, stage: int) -> PretrainingInstances:
         config, data = self.config.stages[stage], self.config.data

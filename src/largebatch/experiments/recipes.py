@@ -14,6 +14,7 @@ from largebatch.experiments.config import (
     PretrainingConfig,
     RunConfig,
     SquadConfig,
+    SquadData,
     StageConfig,
     TextData,
 )
@@ -170,7 +171,20 @@ def squad() -> SquadConfig:
     return SquadConfig(
         recipe="squad",
         optim=OptimConfig(name="adamw", lr=3e-5, weight_decay=0.01),
-        stages=(StageConfig("squad", 32, 5475, warmup_steps=547, schedule="triangle"),),
+        stages=(StageConfig("squad", 32, 0, schedule="triangle"),),
+    )
+
+
+@recipe("squad-demo")
+def squad_demo() -> SquadConfig:
+    """What `largebatch demo` fine-tunes: a small encoder on a handful of articles."""
+    return SquadConfig(
+        recipe="squad-demo",
+        epochs=4.0,
+        optim=OptimConfig(name="adamw", lr=5e-4),
+        stages=(StageConfig("squad", 32, 0, schedule="triangle", micro_batch_size=16),),
+        data=SquadData(max_sequence_length=128, document_stride=64, max_query_length=32),
+        trust_ratios_every=0,
     )
 
 

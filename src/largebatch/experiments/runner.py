@@ -83,6 +83,7 @@ def _run(
 ) -> dict[str, Any]:
     config = dataclasses.replace(config, precision=_precision(config.precision, device))
     workload = build_workload(config)
+    config = workload.config
     torch.manual_seed(config.seed)
     model = workload.model().to(device)
     optimizer = build_optimizer(config.optim, model)
@@ -109,6 +110,8 @@ def _run(
     directory.rewind(engine.progress.step)
     directory.write_json("config.json", {**to_json(config), "details": workload.details})
     directory.write_json("env.json", hardware.describe(device, settings))
+    if directory.write:
+        workload.save_assets(out)
     if found is not None:
         directory.log("resume", step=engine.progress.step)
     try:
@@ -157,7 +160,9 @@ def _train(
                 raise Interrupted(f"stopped after step {result.step}; go on with --resume --out {directory.path}")
 
     if not evaluation:  # the run had been stopped between its last step and its summary
-        evaluation = workload.evaluate(engine.model, len(engine.stages) - 1, directory.path if directory.write else None)
+        evaluation = workload.evaluate(
+            engine.model, len(engine.stages) - 1, directory.path if directory.write else None
+        )
     summary = {
         "recipe": config.recipe,
         "kind": config.kind,
@@ -214,6 +219,7 @@ def build_stages(config: RunConfig) -> list[Stage]:
             "optim.lr has no effect: every stage has a rate of its own; set stages.0.learning_rate and so on instead"
         )
     stages: list[Stage] = []
+    offset = 0
     for index, stage in enumerate(config.stages):
         _check_sizes(stage, f"stages.{index}")
         if stage.schedule == "continue" and index > 0:
@@ -244,7 +250,9 @@ def _check_sizes(stage: StageConfig, where: str) -> None:
         if getattr(stage, name) < 1:
             raise UserError(f"{where}.{name} is {getattr(stage, name)}; it must be at least 1")
     if stage.batch_size % distributed.world_size():
-        raise UserError(f"{where}.batch_size is {stage.batch_size}, no multiple of the {distributed.world_size()} ranks")
+        raise UserError(
+            f"{where}.batch_size is {stage.batch_size}, no multiple of the {distributed.world_size()} ranks"
+        )
     rank_batch, size = stage.batch_size // distributed.world_size(), stage.micro_batch_size
     if size is not None and (size < 1 or rank_batch % size):
         of = "" if rank_batch == stage.batch_size else " a rank"
@@ -338,7 +346,8 @@ def _log_trust_ratios(result: StepResult, engine: Engine, directory: RunDirector
         return
     ratios = engine.optimizer.trust_ratios()
     values = torch.stack([ratio.float() for ratio in ratios.values()]).tolist() if ratios else []
-    named = {str(name): value for name, value in zip(ratios, values, strict=True)}
+    adapted = {name for group in engine.optimizer.param_groups if group["adapt"] for name in group["param_names"]}
+    named = {name: value for name, value in zip(ratios, values, strict=True) if name in adapted}
     directory.log("trust_ratios", step=result.step, stage=result.stage.name, ratios=named)
 
 

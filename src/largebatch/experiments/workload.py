@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from largebatch.experiments.config import RunConfig
 from largebatch.train import GlobalBatch, MicroBatch
 
 
@@ -14,12 +15,14 @@ class Workload(Protocol):
     """A model, its data and its loss.
 
     Attributes:
+        config: the configuration, with what depends on the data filled in.
         micro_batch_sizes: of each stage; the runner fills it in before it asks for batches.
         details: what the configuration does not say, such as the resolved model, for the run's `config.json`.
         baselines: figures to read the evaluation against, by name.
         notes: what a reader of the figures must know.
     """
 
+    config: RunConfig
     micro_batch_sizes: list[int]
     details: dict[str, Any]
     baselines: dict[str, float]
@@ -41,6 +44,9 @@ class Workload(Protocol):
 
     def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:
         """Figures on held-out data: all that belongs into an `eval` line, `split` included."""
+
+    def save_assets(self, run: Path) -> None:
+        """Copy into a run directory what its model needs to be used elsewhere, such as the tokenizer."""
 
 
 def rank_share(batch_size: int, rank: int, world_size: int) -> slice:

@@ -90,12 +90,16 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
             "name a folder checkpoints/step-* of a run"
         ) from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{checkpoint} has checkpoint format {version}, this version of largebatch reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{checkpoint} has checkpoint format {version}, this version of largebatch reads {FORMAT_VERSION}"
+        )
     for name, size in sizes.items():
         path = checkpoint / name
         found = path.stat().st_size if path.exists() else 0
         if found != size:
-            raise UserError(f"{path} is damaged: {found} bytes of {size}; delete {checkpoint} to resume from the one before")
+            raise UserError(
+                f"{path} is damaged: {found} bytes of {size}; delete {checkpoint} to resume from the one before"
+            )
     return manifest  # type: ignore[no-any-return]
 
 

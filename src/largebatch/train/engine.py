@@ -269,7 +269,9 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
 def global_grad_norm(parameters: Iterator[nn.Parameter]) -> Tensor:
     """The l2 norm over all gradients, a 0-D tensor, accumulated as accurately as the optimizers' own norms."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return norms.squared_norms(gradients).sum().sqrt()
+    if gradients[0].is_cuda:
+        return torch.stack(torch._foreach_norm(gradients)).double().norm()
+    return torch.stack([norms.partial(gradient) for gradient in gradients]).sum().sqrt()
 
 
 def _scale_gradients(parameters: Iterator[nn.Parameter], factor: Tensor) -> None:

@@ -1,0 +1,198 @@
+"""The `largebatch` command: thin, and each command imports its code when it runs.
+
+Exit status: 0; 2 for a user's mistake; 130 when interrupted with a checkpoint written; 1 for ours.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from largebatch.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = build_parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except UserError as error:
+        print(f"largebatch: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("largebatch: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    from largebatch import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="largebatch",
+        description="Train with very large batches: from raw text to an evaluated BERT, and the LAMB paper's runs.",
+    )
+    parser.add_argument("--version", action="version", version=f"largebatch {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser("demo", help="raw text to an evaluated BERT and a report, in minutes on a laptop CPU")
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for the demo's runs (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the pre-training"
+    )
+    demo.set_defaults(command=_demo)
+
+    plan = commands.add_parser(
+        "plan", help="batch size -> learning rate, warm-up and steps, by the paper's untuned rules"
+    )
+    plan.add_argument("workload", help="bert or resnet50")
+    plan.add_argument("batch_size", help="one batch size, or one for each stage joined by commas: 65536,32768")
+    plan.add_argument(
+        "--rates", default="sqrt", help="whose rates: sqrt (the paper's rule) or nvidia (default: %(default)s)"
+    )
+    plan.add_argument("--samples", type=int, help="samples of the whole run, where they are not the paper's")
+    plan.set_defaults(command=_plan)
+
+    prepare = commands.add_parser("prepare", help="raw text -> documents -> sentences -> WordPiece -> token shards")
+    prepare.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="text, JSONL or Parquet files, folders of them, or hf:NAME"
+    )
+    prepare.add_argument("--out", type=Path, required=True, help="folder for the corpus")
+    prepare.add_argument(
+        "--vocab", type=Path, help="a vocab.txt to use; without it a vocabulary is trained on the text"
+    )
+    prepare.add_argument(
+        "--vocab-size", type=int, default=30522, help="size of the trained vocabulary (default: %(default)s)"
+    )
+    prepare.add_argument("--cased", action="store_true", help="keep upper case and accents")
+    prepare.add_argument(
+        "--text-field", default="text", help="field of JSONL, Parquet and hf: inputs (default: %(default)s)"
+    )
+    prepare.add_argument(
+        "--heldout", type=float, default=0.01, help="share of documents held out (default: %(default)s)"
+    )
+    prepare.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    prepare.set_defaults(command=_prepare)
+
+    train = commands.add_parser("train", help="train any recipe into a run directory; the same under torchrun")
+    train.add_argument("recipe", nargs="?", help="a recipe's name; --list shows all")
+    train.add_argument("--list", action="store_true", help="list the recipes, or with a RECIPE its settings")
+    _add_training_options(train)
+    train.add_argument("--data", help="what the recipe reads: a corpus of `prepare`, or a folder of images")
+    train.set_defaults(command=_train)
+
+    finetune = commands.add_parser("finetune", help="fine-tune and evaluate a pre-trained encoder")
+    finetune.add_argument("task", choices=["squad"], help="question answering in SQuAD v1.1's format")
+    finetune.add_argument("--model", help="a run of `train`, or a folder in Hugging Face's format")
+    finetune.add_argument("--train", help="training JSON; several joined by commas")
+    finetune.add_argument("--test", help="evaluation JSON")
+    finetune.add_argument(
+        "--epochs", type=float, default=2.0, help="passes over the training set (default: %(default)s)"
+    )
+    finetune.add_argument(
+        "--skip-bad-answers", action="store_true", help="leave out answers that are not where the file says"
+    )
+    _add_training_options(finetune)
+    finetune.set_defaults(command=_finetune)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate a run, or score a file of SQuAD predictions")
+    evaluate.add_argument(
+        "run", type=Path, nargs="?", help="a run directory: its newest checkpoint on its held-out data"
+    )
+    evaluate.add_argument(
+        "--squad", help="a SQuAD JSON file to answer with the run's model, or to score --predictions on"
+    )
+    evaluate.add_argument("--predictions", help="a JSON file of question id -> answer")
+    evaluate.set_defaults(command=_evaluate)
+
+    export = commands.add_parser("export", help="write a run's model for `transformers`")
+    export.add_argument("run", type=Path, help="a run directory of BERT")
+    export.add_argument("--to", choices=["hf"], default="hf", help="the format (default: %(default)s)")
+    export.add_argument("--out", type=Path, help="the folder to write (default: RUN/hf)")
+    export.set_defaults(command=_export)
+
+    report = commands.add_parser("report", help="tables and figures of runs, as HTML and Markdown")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    report.add_argument("--out", type=Path, help="folder for the report (default: report/ in the first run)")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="the run directory (default: runs/RECIPE)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as optim.lr=1e-3"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, bit for bit")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from largebatch.experiments.demo import demo
+
+    return demo(options.out, options.set)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from largebatch.scaling import plan
+
+    try:
+        batches = tuple(int(part.replace("_", "")) for part in options.batch_size.split(","))
+        print(
+            plan(
+                options.workload,
+                batches[0] if len(batches) == 1 else batches,
+                recipe=options.rates,
+                samples=options.samples,
+            )
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from largebatch.experiments.commands import prepare
+
+    return prepare(options)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from largebatch.experiments.commands import train
+
+    return train(options)
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from largebatch.experiments.commands import finetune
+
+    return finetune(options)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from largebatch.experiments.commands import evaluate
+
+    return evaluate(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from largebatch.experiments.commands import export
+
+    return export(options)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from largebatch.experiments.commands import report
+
+    return report(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

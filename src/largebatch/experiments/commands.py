@@ -1,0 +1,189 @@
+"""The commands behind the command line: they turn options into calls, and results into a few lines of text."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from largebatch.errors import UserError
+from largebatch.experiments import recipes
+from largebatch.experiments.config import (
+    ClassificationConfig,
+    PretrainingConfig,
+    RunConfig,
+    SquadConfig,
+    keys,
+    override,
+    to_json,
+)
+from largebatch.experiments.console import RunDisplay, show_table
+from largebatch.experiments.runner import Interrupted, config_of, describe_evaluation, run
+from largebatch.train import TrainingDiverged
+
+
+def train(options: argparse.Namespace) -> int:
+    """`largebatch train`."""
+    if options.list:
+        _list(options.recipe)
+        return 0
+    if options.resume and options.out is not None and (options.out / "config.json").exists():
+        return resume(options)
+    if options.recipe is None:
+        raise UserError("name a recipe to train; `largebatch train --list` shows all")
+    config = recipes.get(options.recipe)
+    out = options.out or Path("runs") / options.recipe
+    if options.resume and (out / "config.json").exists():
+        options.out = out
+        return resume(options)
+    if options.data:
+        if isinstance(config, SquadConfig):
+            raise UserError("the recipe squad takes its data with `largebatch finetune squad --train F --test F`")
+        assert isinstance(config, (PretrainingConfig, ClassificationConfig))
+        path = str(Path(options.data).resolve())
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))  # type: ignore[arg-type]
+    return execute(override(config, options.set), out, threads=options.threads)
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Go on with the run in `options.out`, with the settings it was started with."""
+    if options.set or getattr(options, "data", None):
+        raise UserError(
+            f"a resumed run keeps the settings in {options.out / 'config.json'}; leave --set and --data out"
+        )
+    return execute(config_of(options.out), options.out, resume=True, threads=options.threads)
+
+
+def execute(config: RunConfig, out: Path, *, resume: bool = False, threads: int | None = None) -> int:
+    """Run a configuration with a display; print where the results lie. Returns the exit status."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"--threads is {threads}; it must be at least 1")
+        torch.set_num_threads(threads)
+    try:
+        with RunDisplay(config.recipe) as display:
+            summary = run(config, out, resume=resume, on_step=display.step, on_event=display.event)
+    except Interrupted as stop:
+        print(f"largebatch: {stop}", file=sys.stderr)
+        return 130
+    except TrainingDiverged as error:
+        print(f"largebatch: {error}; its metrics are in {out}", file=sys.stderr)
+        return 1
+    show_summary(summary, out)
+    return 0
+
+
+def show_summary(summary: dict[str, Any], out: Path) -> None:
+    """Print the figures of a finished run."""
+    rows = [["steps", f"{summary['steps']:,}"], ["samples", f"{summary['samples']:,}"]]
+    if summary["tokens"]:
+        rows.append(["tokens", f"{summary['tokens']:,}"])
+    rows += [["time", f"{summary['wall_s']:.0f} s"], ["parameters", f"{summary['parameters']:,}"]]
+    rows += [
+        [f"{summary['evaluation'].get('split', '')} {name}".strip(), f"{value:.4f}"]
+        for name, value in summary["evaluation"].items()
+        if isinstance(value, float)
+    ]
+    rows += [[f"baseline {name}", f"{value:.4f}"] for name, value in summary["baselines"].items()]
+    show_table(f"{summary['recipe']}: {out}", ["", ""], rows)
+    for note in summary["notes"]:
+        print(f"note: {note}")
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """`largebatch prepare`."""
+    from largebatch.data import prepare as prepare_corpus
+
+    manifest = prepare_corpus(
+        options.inputs,
+        options.out,
+        vocab=options.vocab,
+        vocab_size=options.vocab_size,
+        lowercase=not options.cased,
+        text_field=options.text_field,
+        heldout=options.heldout,
+        workers=options.workers,
+        progress=sys.stderr.isatty(),
+    )
+    print(manifest.report())
+    print(f"corpus: {options.out}")
+    return 0
+
+
+def finetune(options: argparse.Namespace) -> int:
+    """`largebatch finetune squad`."""
+    out = options.out or Path("runs/squad")
+    if options.resume and (out / "config.json").exists():
+        options.out = out
+        return resume(options)
+    for name in ("model", "train", "test"):
+        if getattr(options, name) is None:
+            raise UserError(f"name the {name} with --{name}; `largebatch finetune --help` says what it takes")
+    config = recipes.get("squad")
+    assert isinstance(config, SquadConfig)
+    data = dataclasses.replace(
+        config.data,
+        train=",".join(str(Path(part).resolve()) for part in options.train.split(",")),
+        test=str(Path(options.test).resolve()),
+        bad_answers="skip" if options.skip_bad_answers else "error",
+    )
+    config = dataclasses.replace(config, init=str(Path(options.model).resolve()), data=data, epochs=options.epochs)
+    config = override(config, options.set)
+    return execute(config, out, threads=options.threads)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`largebatch evaluate`."""
+    from largebatch.experiments.evaluation import answer_file, evaluate_run, score_file
+
+    if options.predictions:
+        if not options.squad:
+            raise UserError("name the SQuAD file that the predictions answer with --squad")
+        figures = score_file(Path(options.squad), Path(options.predictions))
+    elif options.run is None:
+        raise UserError("name a run to evaluate, or --squad FILE and --predictions FILE to score")
+    elif options.squad:
+        figures = answer_file(options.run, Path(options.squad))
+    else:
+        figures = evaluate_run(options.run)
+    print(describe_evaluation(figures))
+    print(json.dumps(figures))
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """`largebatch export`."""
+    from largebatch.experiments.transfer import export_to_hf
+
+    out = options.out or options.run / "hf"
+    export_to_hf(options.run, out)
+    print(f"{out}: load it with transformers.AutoModel.from_pretrained({str(out)!r})")
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """`largebatch report`."""
+    from largebatch.report import report as write_report
+
+    print(write_report(options.runs, options.out))
+    return 0
+
+
+def _list(name: str | None) -> None:
+    if name is None:
+        rows = [
+            [known, (function.__doc__ or "").strip().splitlines()[0]] for known, function in recipes.RECIPES.items()
+        ]
+        for known, text in rows:
+            print(f"{known:26s}{text}")
+        return
+    config = recipes.get(name)
+    content = to_json(config)
+    for key in keys(config):
+        node: Any = content
+        for part in key.split("."):
+            node = node[int(part)] if isinstance(node, (list, tuple)) else node[part]
+        print(f"{key}={','.join(map(str, node)) if isinstance(node, (list, tuple)) else node}")

@@ -1,0 +1,42 @@
+"""Evaluate what has been trained: a run on its held-out data, a model on a SQuAD file, a file of predictions."""
+
+from pathlib import Path
+from typing import Any
+
+from largebatch.evaluate import evaluate_squad, read_predictions, read_squad, squad_score
+from largebatch.errors import UserError
+from largebatch.experiments.runner import build_workload, config_of
+from largebatch.experiments.transfer import open_encoder, run_weights
+from largebatch.models import BertForQuestionAnswering
+from largebatch.train import distributed
+
+
+def evaluate_run(run: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run on its held-out data, by the last stage's measure."""
+    config = config_of(run)
+    workload = build_workload(config)
+    model = workload.model()
+    model.load_state_dict(run_weights(run))
+    model.to(distributed.initialize(config.device))
+    return workload.evaluate(model, len(config.stages) - 1, None)
+
+
+def answer_file(model_path: Path, squad_file: Path) -> dict[str, Any]:
+    """A question-answering model, of ours or in Hugging Face's format, on a SQuAD file."""
+    encoder = open_encoder(model_path)
+    model = BertForQuestionAnswering(encoder.config)
+    fresh = encoder.load_into(model)
+    if fresh:
+        raise UserError(
+            f"{model_path} answers no questions (it has no {fresh[0]}); fine-tune it with `largebatch finetune squad`"
+        )
+    model.to(distributed.initialize("auto"))
+    score, _ = evaluate_squad(model, read_squad(squad_file, on_bad_answer="skip"), encoder.tokenizer())
+    return {"split": squad_file.name, **score.metrics()}
+
+
+def score_file(squad_file: Path, predictions: Path) -> dict[str, Any]:
+    """A file of predictions, id to text, by SQuAD's official measures."""
+    score = squad_score(read_squad(squad_file, on_bad_answer="skip"), read_predictions(predictions))
+    figures = {"split": squad_file.name, **score.metrics(), "questions": score.num_questions}
+    return {**figures, "missing": score.num_missing, "unknown": score.num_unknown}

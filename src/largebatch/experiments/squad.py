@@ -1,0 +1,127 @@
+"""Question answering as a workload: a pre-trained encoder, SQuAD's format, exact match and F1."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from largebatch.errors import UserError
+from largebatch.evaluate import (
+    FinetuneSettings,
+    SquadDataset,
+    SquadFeatures,
+    answer_questions,
+    read_squad,
+    squad_batches,
+    squad_features,
+    squad_score,
+    write_predictions,
+)
+from largebatch.experiments.config import SquadConfig
+from largebatch.experiments.transfer import copy_tokenizer, open_encoder
+from largebatch.models import BertForQuestionAnswering, question_answering_loss, training_flops
+from largebatch.train import GlobalBatch, MicroBatch
+
+
+class SquadWorkload:
+    """Fulfils `Workload` for a `SquadConfig`.
+
+    Raises:
+        UserError: encoder or data are missing or damaged.
+    """
+
+    def __init__(self, config: SquadConfig) -> None:
+        for name in ("train", "test"):
+            if not getattr(config.data, name):
+                raise UserError(f"data.{name} is not set; name a file in SQuAD's JSON format")
+        self._encoder = open_encoder(Path(config.init))
+        self.bert = self._encoder.config
+        length = min(config.data.max_sequence_length, self.bert.max_position_embeddings)
+        self._max_length = length
+        self._data = config.data
+        self._tokenizer = self._encoder.tokenizer()
+        training = [self._read(Path(part)) for part in config.data.train.split(",")]
+        self._train_features = self.features([example for dataset in training for example in dataset])
+        self._test = self._read(Path(config.data.test))
+        self._test_features = self.features(list(self._test))
+        self.config = self._with_steps(config)
+        self.micro_batch_sizes = [stage.micro_batch_size or 0 for stage in config.stages]
+        self.details = {
+            "bert": self.bert.to_hf(),
+            "train_questions": sum(len(dataset) for dataset in training),
+            "train_windows": len(self._train_features),
+            "test_questions": len(self._test),
+        }
+        self.baselines: dict[str, float] = {}
+        self.notes = [str(dataset) for dataset in [*training, self._test] if dataset.bad_answers]
+        if config.random_encoder:
+            self.notes.append("baseline: the encoder's weights are random")
+
+    def _with_steps(self, config: SquadConfig) -> SquadConfig:
+        """Fill in the steps, and a tenth of them as warm-up, where the recipe leaves them to the data's size."""
+        windows = int(self._train_features.trainable.sum())
+        stages = []
+        for stage in config.stages:
+            settings = FinetuneSettings(batch_size=stage.batch_size, epochs=config.epochs)
+            if stage.steps == 0:
+                stage = dataclasses.replace(
+                    stage, steps=settings.steps(windows), warmup_steps=settings.warmup_steps(windows)
+                )
+            stages.append(stage)
+        return dataclasses.replace(config, stages=tuple(stages))
+
+    def _read(self, path: Path) -> SquadDataset:
+        return read_squad(path, on_bad_answer="skip" if self._data.bad_answers == "skip" else "error")
+
+    def features(self, examples: list[Any]) -> SquadFeatures:
+        """The windows of some questions."""
+        return squad_features(
+            examples,
+            self._tokenizer,
+            max_seq_length=self._max_length,
+            doc_stride=min(self._data.document_stride, self._max_length // 3),
+            max_query_length=min(self._data.max_query_length, self._max_length // 3),
+        )
+
+    def model(self) -> nn.Module:
+        model = BertForQuestionAnswering(self.bert)
+        if not self.config.random_encoder:
+            self._encoder.load_into(model)
+        return model
+
+    def batches(self, stage: int, cursor: Mapping[str, int] | None) -> Iterator[GlobalBatch]:
+        batches = squad_batches(
+            self._train_features,
+            batch_size=[stage.batch_size for stage in self.config.stages],
+            micro_batch_size=self.micro_batch_sizes[stage],
+            seed=self.config.seed,
+            flops=lambda lengths: training_flops(self.bert, lengths, 0),
+        )
+        return batches(stage, cursor)
+
+    def loss(
+        self, model: nn.Module, micro_batch: MicroBatch, totals: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return question_answering_loss(model, micro_batch, totals)
+
+    def probe_batch(self, stage: int, size: int) -> MicroBatch:
+        shape = (size, self._max_length)
+        return {
+            "input_ids": torch.full(shape, self.bert.vocab_size - 1),
+            "token_type_ids": torch.zeros(shape, dtype=torch.int64),
+            "attention_mask": torch.ones(shape, dtype=torch.bool),
+            "start_positions": torch.ones(size, dtype=torch.int64),
+            "end_positions": torch.ones(size, dtype=torch.int64),
+        }
+
+    def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:
+        predictions = answer_questions(model, self._test_features)
+        if run is not None:
+            write_predictions(run / "predictions.json", predictions)
+        return {"split": "test", **squad_score(self._test, predictions).metrics()}
+
+    def save_assets(self, run: Path) -> None:
+        copy_tokenizer(self._encoder.tokenizer_files, run)

@@ -1,0 +1,234 @@
+"""The engine: one batch however it is cut, exact resume, stages, clipping, and what it does when numbers go bad."""
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from largebatch import LAMB, schedules
+from largebatch.errors import UserError
+from largebatch.train import Engine, GlobalBatch, Progress, Stage, TrainingDiverged, checkpoint
+from largebatch.train.engine import global_grad_norm
+
+FEATURES, CLASSES = 6, 3
+
+
+class Classifier(nn.Sequential):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, CLASSES))
+
+
+def loss(model, micro_batch, totals):
+    logits = model(micro_batch["x"])
+    # Samples of weight 0 stand for sequences without a masked token.
+    losses = nn.functional.cross_entropy(logits, micro_batch["y"], reduction="none") * micro_batch["weight"]
+    value = losses.sum() / totals["weighted"]
+    correct = ((logits.argmax(1) == micro_batch["y"]) * micro_batch["weight"]).sum() / totals["weighted"]
+    return value, {"accuracy": correct.detach()}
+
+
+def batches_of(micro_batch_size: int, poison_from: int | None = None):
+    """Batches that are a function of the cursor alone; sizes 12 in stage 0 and 6 in stage 1."""
+
+    def batches(stage: int, cursor: Mapping[str, int] | None) -> Iterator[GlobalBatch]:
+        size = (12, 6)[stage]
+        for number in itertools.count(cursor["batch"] if cursor else 0):
+            generator = torch.Generator().manual_seed(number)
+            x = torch.randn(size, FEATURES, generator=generator)
+            y = torch.randint(CLASSES, (size,), generator=generator)
+            weight = torch.ones(size)
+            weight[:4] = 0  # whole micro-batches of 4 and less count nothing
+            if poison_from is not None and number >= poison_from:
+                x = x * float("nan")
+            cuts = range(0, size, micro_batch_size)
+            micro_batches = [
+                {"x": x[i : i + micro_batch_size], "y": y[i : i + micro_batch_size], "weight": weight[i : i + micro_batch_size]}
+                for i in cuts
+            ]
+            yield GlobalBatch(micro_batches, {"weighted": size - 4}, size, size, 1.0, {"batch": number + 1})
+
+    return batches
+
+
+def stages(keep_moments: bool = True) -> list[Stage]:
+    return [
+        Stage("one", 5, 12, schedules.PolynomialDecay(0.05, 5, 2)),
+        Stage("two", 4, 6, schedules.PolynomialDecay(0.03, 4, 1), keep_moments),
+    ]
+
+
+def engine_of(micro_batch_size: int = 6, dropout: float = 0.0, keep_moments: bool = True, **settings) -> Engine:
+    torch.manual_seed(7)
+    model = Classifier(dropout)
+    return Engine(model, LAMB(model.parameters(), lr=1.0), stages(keep_moments), batches_of(micro_batch_size), loss, **settings)
+
+
+def weights(engine: Engine) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in engine.model.parameters()]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 6])
+def test_any_micro_batch_gives_the_gradient_of_the_whole_batch(micro_batch_size):
+    """The loss is normalised over the global batch; float32 sums of 12 terms agree to 12 * 2^-24 < 1e-6, relative."""
+
+    def gradient(size):
+        engine = engine_of(size, max_grad_norm=None)
+        next(engine.run())
+        return torch.cat([parameter.grad.flatten() for parameter in engine.model.parameters()])
+
+    whole = gradient(12)
+    assert (gradient(micro_batch_size) - whole).norm() <= 1e-6 * whole.norm()
+
+
+def test_a_loss_averaged_per_micro_batch_would_differ():
+    """Companion: with the micro-batch's own mean the gradient depends on the cut, as the weights are uneven."""
+
+    def own_mean(model, micro_batch, totals):
+        return loss(model, micro_batch, {"weighted": micro_batch["weight"].sum().clamp(min=1)})
+
+    norms = []
+    for size in (12, 2):
+        engine = engine_of(size, max_grad_norm=None)
+        engine.loss = own_mean
+        norms.append(next(engine.run()).grad_norm)
+    assert abs(norms[0] - norms[1]) > 0.1 * norms[0]
+
+
+@pytest.mark.parametrize("stop_after", [2, 5, 7], ids=["inside stage one", "on the boundary", "inside stage two"])
+@pytest.mark.parametrize("keep_moments", [True, False])
+def test_resume_gives_the_same_bits(tmp_path: Path, stop_after, keep_moments):
+    """Weights, metrics, and dropout masks after a stop are those of a run that never stopped."""
+    straight = engine_of(dropout=0.3, keep_moments=keep_moments)
+    expected = [(result.metrics, result.learning_rate, result.grad_norm) for result in straight.run()]
+
+    first = engine_of(dropout=0.3, keep_moments=keep_moments)
+    got = []
+    for result in first.run():
+        got.append((result.metrics, result.learning_rate, result.grad_norm))
+        if result.step == stop_after:
+            saved = checkpoint.save(tmp_path, first.model, first.optimizer, first.progress)
+            break
+    torch.rand(3)  # the random state of the process that resumes is another
+    second = engine_of(dropout=0.3, keep_moments=keep_moments)
+    for parameter in second.model.parameters():
+        nn.init.zeros_(parameter)
+    second.progress = checkpoint.load(saved, second.model, second.optimizer)
+    got += [(result.metrics, result.learning_rate, result.grad_norm) for result in second.run()]
+
+    assert got == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights(second), weights(straight), strict=True))
+    assert second.progress.samples == straight.progress.samples == 5 * 12 + 4 * 6
+
+
+def test_a_resume_that_forgets_the_moments_differs(tmp_path: Path):
+    """Companion: the comparison above sees the optimizer's state."""
+    straight = engine_of()
+    list(straight.run())
+    first = engine_of()
+    for result in first.run():
+        if result.step == 2:
+            break
+    second = engine_of()
+    second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    second.progress = first.progress
+    list(second.run())
+    assert not all(torch.equal(a, b) for a, b in zip(weights(second), weights(straight), strict=True))
+
+
+def test_dropout_masks_differ_from_step_to_step():
+    """Each (step, micro-batch) has masks of its own: two equal micro-batches in a row give two losses."""
+    engine = engine_of(dropout=0.5)
+    engine.stages = [Stage("one", 2, 12, schedules.Constant(0.0))]
+    batch = next(batches_of(6)(0, None))
+    same = GlobalBatch([batch.micro_batches[1]] * 2, batch.totals, 12, 12, 1.0, {"batch": 0})
+    seen = []
+    engine.batches = lambda stage, cursor: itertools.repeat(same)
+    engine.loss = lambda *args: (lambda result: seen.append(result[0].item()) or result)(loss(*args))
+    list(engine.run())
+    assert len(set(seen)) == 4
+
+
+def test_stages_follow_each_other_and_warm_up_again():
+    engine = engine_of()
+    results = list(engine.run())
+    assert [result.stage.name for result in results] == ["one"] * 5 + ["two"] * 4
+    assert [result.stage_step for result in results] == [1, 2, 3, 4, 5, 1, 2, 3, 4]
+    assert [result.ends_stage for result in results] == [False] * 4 + [True] + [False] * 3 + [True]
+    assert results[5].learning_rate == 0.0
+    assert results[6].learning_rate == pytest.approx(0.03 * 3 / 4)
+    assert engine.progress == Progress(9, 2, 0, 84, 84, engine.progress.elapsed_s, {"batch": 9})
+
+
+@pytest.mark.parametrize(("keep_moments", "steps"), [(True, 9), (False, 4)])
+def test_moments_are_kept_or_dropped_between_stages(keep_moments, steps):
+    engine = engine_of(keep_moments=keep_moments)
+    list(engine.run())
+    assert {int(state["step"]) for state in engine.optimizer.state.values()} == {steps}
+
+
+@pytest.mark.parametrize("max_norm", [1e-2, 0.3])
+def test_clipping_brings_the_norm_down_to_the_limit(max_norm):
+    """The gradient is scaled, not its direction changed; tried at values where the option acts."""
+    free, clipped = engine_of(max_grad_norm=None), engine_of(max_grad_norm=max_norm)
+    one, other = next(free.run()), next(clipped.run())
+    assert one.grad_norm == other.grad_norm > max_norm
+    assert other.clipped
+    assert not one.clipped
+    for a, b in zip(free.model.parameters(), clipped.model.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad * (max_norm / one.grad_norm))
+    assert global_grad_norm(clipped.model.parameters()) <= max_norm * (1 + 1e-6)
+
+
+def test_a_small_gradient_is_not_scaled_up():
+    free, limited = engine_of(max_grad_norm=None), engine_of(max_grad_norm=1e3)
+    next(free.run())
+    assert not next(limited.run()).clipped
+    for a, b in zip(free.model.parameters(), limited.model.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone_and_ends_the_run():
+    engine = engine_of(max_skipped=3)
+    engine.batches = batches_of(6, poison_from=2)
+    steps = engine.run()
+    next(steps), next(steps)
+    before = weights(engine)
+    results = []
+    with pytest.raises(TrainingDiverged, match=r"3 steps up to step 5 .*lower learning rate"):
+        results.extend(steps)
+    assert engine.progress.step == 5
+    assert all(torch.equal(a, b) for a, b in zip(weights(engine), before, strict=True))
+
+
+def test_groups_scale_the_learning_rate():
+    model = Classifier()
+    groups = [{"params": model[0].parameters(), "lr_scale": 0.1}, {"params": model[3].parameters()}]
+    engine = Engine(model, torch.optim.SGD(groups, lr=1.0), stages(), batches_of(6), loss)
+    for result in engine.run():
+        lrs = [group["lr"] for group in engine.optimizer.param_groups]
+        assert lrs == pytest.approx([0.1 * result.learning_rate, result.learning_rate])
+
+
+def test_a_probe_leaves_no_trace():
+    engine = engine_of(dropout=0.3)
+    state, before = torch.get_rng_state(), weights(engine)
+    engine.probe(next(batches_of(6)(0, None)).micro_batches[1])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(weights(engine), before, strict=True))
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+
+
+def test_an_error_in_the_data_reaches_the_caller():
+    def broken(stage, cursor):
+        yield from itertools.islice(batches_of(6)(stage, cursor), 2)
+        raise UserError("shard 3 is damaged")
+
+    engine = engine_of()
+    engine.batches = broken
+    with pytest.raises(UserError, match="shard 3 is damaged"):
+        list(engine.run())
+    assert engine.progress.step == 2

@@ -1,0 +1,60 @@
+"""The run directory: lines appended, a resumed run's tail dropped, JSON written whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from largebatch.errors import UserError
+from largebatch.train.metrics import RunDirectory, read_json
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_event_is_a_line(tmp_path: Path):
+    run = RunDirectory(tmp_path / "run")
+    run.log("step", step=1, loss=2.5)
+    run.log("eval", step=1, f1=80.0)
+    assert lines(run.path) == [{"event": "step", "step": 1, "loss": 2.5}, {"event": "eval", "step": 1, "f1": 80.0}]
+
+
+def test_a_resume_drops_what_it_will_write_again(tmp_path: Path):
+    run = RunDirectory(tmp_path)
+    for step in range(1, 6):
+        run.log("step", step=step)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"event": "step", "st')  # the process was killed here
+    run.rewind(3)
+    run.log("resume", step=3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 3]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path):
+    run = RunDirectory(tmp_path / "run", write=False)
+    run.log("step", step=1)
+    run.write_json("config.json", {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = RunDirectory(tmp_path)
+    run.use_tensorboard()
+    run.log("step", step=1, loss=2.5, clipped=True, stage="seq128")
+    run.log("trust_ratios", step=1, ratios={"a.weight": 0.5})
+    run.close()
+    read = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert read.Tags()["scalars"] == ["step/loss", "trust_ratios/a.weight"]
+    assert read.Scalars("step/loss")[0].value == 2.5
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("{", "is not JSON")])
+def test_a_missing_or_broken_file_is_named(tmp_path: Path, content, message):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=f"config.json {message}"):
+        read_json(path)
