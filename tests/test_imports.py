@@ -1,0 +1,163 @@
+"""Who may import whom, read from the source; and what ``import largebatch`` costs, seen from a fresh process.
+
+Guards the layering that lets the optimizers run on a machine with torch and numpy alone, the engine know nothing of
+BERT, and the report be rebuilt from files. An import inside a function counts too: it only comes later.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import largebatch
+
+PACKAGE = Path(largebatch.__file__).parent
+EVERYTHING = {"schedules", "scaling", "optim", "models", "data", "train", "evaluate", "experiments", "report"}
+
+# part -> (parts of ours it may import, packages of others); errors and __version__ are free to all
+RULES: dict[str, tuple[set[str], set[str]]] = {
+    "errors": (set(), set()),
+    "schedules": (set(), set()),
+    "scaling": ({"schedules"}, set()),
+    "optim": (set(), {"torch", "numpy"}),
+    "models": (set(), {"torch", "numpy", "safetensors"}),
+    "data": (set(), {"torch", "numpy", "tokenizers", "pyarrow", "datasets"}),
+    "train": ({"optim", "schedules"}, {"torch", "numpy"}),
+    "evaluate": ({"train", "models", "data"}, {"torch", "numpy", "tokenizers"}),
+    "experiments": (EVERYTHING - {"report"}, {"torch", "numpy", "tokenizers", "safetensors", "rich"}),
+    "report": (set(), {"matplotlib"}),
+    "cli": (EVERYTHING | {"experiments"}, {"rich"}),
+    "__init__": ({"schedules", "scaling", "optim"}, set()),
+}
+# The experiments' command functions are the body of the thin cli, and hand a run directory on to the report.
+FILE_RULES = {"experiments/commands.py": {"report"}, "experiments/demo.py": {"report"}}
+COLLECTIVES = {"optim/norms.py", "train/distributed.py"}
+# `from largebatch import X`: the part that X comes from
+PUBLIC = dict.fromkeys(("LAMB", "LARS", "NLAMB", "NNLAMB", "Layerwise", "param_groups"), "optim")
+PUBLIC |= {"plan": "scaling", "Plan": "scaling", "Stage": "scaling", "__version__": "errors"}
+
+
+def imported(source: str, file: str) -> Iterator[str]:
+    """Yield the full dotted name of everything that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ["largebatch", *Path(file).parts[:-1]]
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *filter(None, [node.module])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def violations(source: str, file: str) -> list[str]:
+    """Say which imports of a file, given by its path within the package, break the rules."""
+    part = Path(file).parts[0].removesuffix(".py")
+    ours, others = RULES.get(part, (set(), set()))
+    found = [] if part in RULES else [f"{file}: no rule for this part of the package"]
+    for name in imported(source, file):
+        root, *rest = name.split(".")
+        if root == "largebatch":
+            # `import largebatch` itself is for those who may import all that its public names come from
+            targets = {PUBLIC.get(rest[0], rest[0])} if rest else RULES["__init__"][0]
+            allowed = targets <= ours | {part, "errors"} | FILE_RULES.get(file, set())
+        else:
+            allowed = root in sys.stdlib_module_names or root in others
+            allowed &= not (name.startswith("torch.distributed") and file not in COLLECTIVES)
+        if not allowed or name.endswith("*"):
+            found.append(f"{file} imports {name}")
+    return found
+
+
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_file_imports_only_what_it_may(file: str) -> None:
+    assert not violations((PACKAGE / file).read_text(encoding="utf-8"), file)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("schedules.py", "import torch"),
+        ("optim/lamb.py", "from largebatch.train import Engine"),
+        ("optim/lamb.py", "from ..models import bert"),
+        ("optim/lamb.py", "def f():\n    import torch.distributed as dist"),
+        ("train/engine.py", "from torch import distributed"),
+        ("train/engine.py", "from torch.distributed.fsdp import fully_shard"),
+        ("train/engine.py", "from largebatch.models import BertConfig"),
+        ("train/engine.py", "from largebatch import plan"),
+        ("data/corpus.py", "import transformers"),
+        ("report/curves.py", "import numpy"),
+        ("report/curves.py", "from largebatch import schedules"),
+        ("experiments/config.py", "import matplotlib.pyplot"),
+        ("experiments/runner.py", "from largebatch.report import report"),
+        ("models/bert.py", "import largebatch"),
+        ("models/bert.py", "from torch import *"),
+        ("new_part.py", "import json"),
+    ],
+)
+def test_a_forbidden_import_is_seen(file: str, source: str) -> None:
+    assert violations(source, file)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("scaling.py", "from largebatch.schedules import Triangle"),
+        ("optim/lamb.py", "from . import norms\nfrom .base import x\nfrom largebatch.errors import UserError"),
+        ("train/distributed.py", "import torch.distributed as dist"),
+        ("train/engine.py", "from largebatch.optim import norms\nfrom largebatch import __version__, schedules"),
+    ],
+)
+def test_an_allowed_import_passes(file: str, source: str) -> None:
+    assert not violations(source, file)
+
+
+def fresh(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+HEAVY = ("triton", "matplotlib", "tokenizers", "rich", "safetensors", "pyarrow", "transformers", "datasets")
+
+
+def test_importing_the_package_imports_torch_and_numpy_alone() -> None:
+    """Compared with `import torch` itself, which may bring what it likes."""
+    show = f"; import sys; print(*sorted(set({HEAVY}) & set(sys.modules)))"
+    assert fresh("import largebatch" + show) == fresh("import torch, numpy" + show)
+
+
+BLOCK = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_the_core_works_with_torch_and_numpy_alone() -> None:
+    """On a bare image the optimizers, schedules and scaling import and take a step."""
+    code = BLOCK.format(blocked=(*HEAVY, "tensorboard")) + (
+        "import torch, largebatch, largebatch.optim, largebatch.schedules, largebatch.scaling, largebatch.errors\n"
+        "layer = torch.nn.Linear(3, 2)\n"
+        "rate = largebatch.plan('bert', 512).stages[0].learning_rate\n"
+        "optimizer = largebatch.LAMB(largebatch.param_groups(layer), lr=rate)\n"
+        "before = layer.weight.clone()\n"
+        "layer(torch.ones(1, 3)).sum().backward(); optimizer.step()\n"
+        "print(bool((layer.weight != before).all()))"
+    )
+    assert fresh(code).strip() == "True"
+
+
+def test_the_block_blocks() -> None:
+    code = (
+        BLOCK.format(blocked=HEAVY) + "try:\n    import tokenizers\nexcept ModuleNotFoundError as e:\n    print(e.name)"
+    )
+    assert fresh(code).strip() == "tokenizers"
