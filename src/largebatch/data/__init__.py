@@ -1,1 +1,21 @@
 """Text and image data sets, prepared once and read deterministically."""
+
+from .corpus import Corpus, CorpusSplit
+from .instances import PretrainingInstances
+from .integrity import render_report
+from .manifest import Manifest
+from .prepare import prepare
+from .sampling import SampleStream, epoch_order
+from .vocabulary import Vocabulary
+
+__all__ = [
+    "Corpus",
+    "CorpusSplit",
+    "Manifest",
+    "PretrainingInstances",
+    "SampleStream",
+    "Vocabulary",
+    "epoch_order",
+    "prepare",
+    "render_report",
+]

@@ -1,0 +1,100 @@
+"""The order in which an epoch's instances are visited, and a cursor that runs through epochs."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from largebatch.errors import UserError
+
+from .counter_rng import below, draw, fold_key
+
+_ROUNDS = 8
+_STREAM_ORDER = 0x0DE5
+
+
+def epoch_order(seed: int, epoch: int, num: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    """The shuffle of an epoch: positions `start` to `stop` of a permutation of ``range(num)``.
+
+    The permutation is computed where it is asked for and never stored: a Feistel network over pairs (left, right)
+    in [0, a) x [0, a), a = ceil(sqrt(num)), whose rounds add a keyed hash of the other half modulo a; a result
+    outside ``range(num)`` is sent through again until it is inside (cycle walking: Black and Rogaway, "Ciphers with
+    arbitrary finite domains", CT-RSA 2002). So a batch of an epoch of 10**8 instances costs no more than a batch of
+    a small one, resuming in the middle is free, and the order does not depend on the version of numpy.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 0; every epoch has its own order.
+        num: instances in the epoch.
+        start, stop: the positions wanted; all of them by default.
+
+    Returns:
+        int64 [stop - start], instance indices.
+    """
+    stop = num if stop is None else stop
+    if not 0 <= start <= stop <= num:
+        raise ValueError(f"positions {start} to {stop} are not within an epoch of {num} instances")
+    side = max(1, int(np.ceil(np.sqrt(num))))
+    keys = [fold_key(_STREAM_ORDER, seed, epoch, num, r) for r in range(_ROUNDS)]
+    result = np.arange(start, stop, dtype=np.int64)
+    pending = np.arange(stop - start)
+    values = result.copy()
+    while pending.size:
+        left, right = np.divmod(values, side)
+        for key in keys:
+            left, right = right, left + below(draw(key, right), side)
+            right -= side * (right >= side)
+        values = left * side + right
+        inside = values < num
+        result[pending[inside]] = values[inside]
+        pending, values = pending[~inside], values[~inside]
+    return result
+
+
+class SampleStream:
+    """An endless stream of shuffled instances, read through a cursor that can be saved and given back.
+
+    Every rank holds the same stream and takes the same global batch from it; a rank's part is a slice of the
+    returned indices, so the samples of a step do not depend on the number of ranks.
+
+    Args:
+        num_per_epoch: epoch -> number of instances in it.
+        seed: of the shuffle.
+
+    >>> stream = SampleStream(lambda epoch: 5, seed=0)
+    >>> pieces, cursor = stream.take({"epoch": 0, "position": 3}, 4)
+    >>> [(epoch, len(indices)) for epoch, indices in pieces], cursor
+    ([(0, 2), (1, 2)], {'epoch': 1, 'position': 2})
+    """
+
+    def __init__(self, num_per_epoch: Callable[[int], int], seed: int) -> None:
+        self._num_per_epoch = num_per_epoch
+        self._seed = seed
+
+    def take(
+        self, cursor: dict[str, int] | None, count: int
+    ) -> tuple[list[tuple[int, NDArray[np.int64]]], dict[str, int]]:
+        """The next `count` instances after `cursor` (None: from the beginning).
+
+        Returns:
+            Pieces ``(epoch, indices)``, more than one where the batch crosses the end of an epoch, and the new cursor.
+        """
+        epoch, position = (0, 0) if cursor is None else (cursor["epoch"], cursor["position"])
+        pieces = []
+        while count > 0:
+            num = self._num_per_epoch(epoch)
+            if num <= 0:
+                raise UserError(f"epoch {epoch} holds no training instance: the corpus split is empty")
+            if position > num:
+                raise UserError(
+                    f"the saved position {position} lies beyond epoch {epoch}'s {num} instances: "
+                    "the cursor belongs to another corpus, seed or sequence length"
+                )
+            taken = min(count, num - position)
+            if taken:
+                pieces.append((epoch, epoch_order(self._seed, epoch, num, position, position + taken)))
+            count -= taken
+            position += taken
+            if position == num:
+                epoch, position = epoch + 1, 0
+        return pieces, {"epoch": epoch, "position": position}

@@ -1,0 +1,128 @@
+"""Where `prepare` works: ``<out>.partial``, kept after a kill so that the next run continues, gone after success."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from largebatch.errors import UserError
+
+from .manifest import MANIFEST_NAME, Manifest
+from .vocabulary import Vocabulary
+
+
+class Workspace:
+    """The directory of the work in progress, locked against a second run.
+
+    Args:
+        out: the directory that will hold the corpus.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.directory = out.with_name(out.name + ".partial")
+        self.blocks = self.directory / "blocks"
+        self._result = self.directory / "corpus"
+        self._replace = False
+        self._done = False
+
+    def __enter__(self) -> "Workspace":
+        if not self._out.name:
+            raise UserError(f"{self._out}: name a directory to make")
+        if self._out.exists() and not self._out.is_dir():
+            raise UserError(f"{self._out}: a file of that name is in the way; choose another output directory")
+        if self._out.is_dir() and any(self._out.iterdir()) and not (self._out / MANIFEST_NAME).is_file():
+            raise UserError(f"{self._out}: not empty and not a corpus; choose another output directory or empty it")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot be made: {error.strerror}") from None
+        self._lock = (self.directory / "lock").open("w")
+        try:
+            import fcntl
+
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # no such locks on this system
+            pass
+        except OSError:
+            self._lock.close()
+            raise UserError(f"{self._out}: another run is preparing this corpus right now; wait for it") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._done or isinstance(error, UserError):
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self._lock.close()
+
+    def existing(self, settings: dict[str, Any], inputs: list[dict[str, Any]], overwrite: bool) -> Manifest | None:
+        """The manifest of the corpus at `out` if it is the one asked for, None if there is none.
+
+        Raises:
+            UserError: there is another one, and it is not to be overwritten.
+        """
+        if not (self._out / MANIFEST_NAME).is_file():
+            return None
+        try:
+            manifest = Manifest.read(self._out)
+            intact = all((self._out / name).stat().st_size == file["bytes"] for name, file in manifest.files.items())
+        except (UserError, OSError):
+            if not overwrite:
+                self._done = not any(self.blocks.glob("*"))
+                raise UserError(
+                    f"{self._out}: holds a damaged corpus; delete it, or overwrite it, to prepare it again"
+                ) from None
+        else:
+            if intact and manifest.settings == settings and manifest.inputs == inputs:
+                self._done = True
+                return manifest
+            if not overwrite:
+                raise UserError(
+                    f"{self._out}: already holds a corpus of other inputs or settings; choose another directory, "
+                    "or overwrite it"
+                )
+        self._replace = True
+        return None
+
+    def vocabulary(self, plan: dict[str, Any], make: Callable[[], Vocabulary]) -> Vocabulary:
+        """The vocabulary of an earlier, interrupted run of the same plan, or a new one."""
+        path = self.directory / f"vocab-{_fingerprint(plan)}.txt"
+        if path.is_file():
+            return Vocabulary.read(path)
+        vocabulary = make()
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(token + "\n" for token in vocabulary.tokens), encoding="utf-8")
+        temporary.replace(path)
+        return vocabulary
+
+    def start_blocks(self, plan: dict[str, Any]) -> None:
+        """Make the directory of token blocks, or keep the one of an interrupted run of the same plan."""
+        self.blocks = self.directory / f"blocks-{_fingerprint(plan)}"
+        for other in self.directory.glob("blocks-*"):
+            if other != self.blocks:
+                shutil.rmtree(other)
+        self.blocks.mkdir(exist_ok=True)
+
+    def start_result(self) -> Path:
+        """An empty directory for the final files."""
+        shutil.rmtree(self._result, ignore_errors=True)
+        self._result.mkdir()
+        return self._result
+
+    def publish(self) -> None:
+        """Give the finished directory its name, in one step where nothing is replaced."""
+        if self._replace:
+            old = self.directory / "replaced"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(self._out, old)
+        os.replace(self._result, self._out)
+        self._done = True
+
+
+def _fingerprint(plan: dict[str, Any]) -> str:
+    return sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
