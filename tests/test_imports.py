@@ -7,7 +7,7 @@ BERT, and the report be rebuilt from files. An import inside a function counts t
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,9 +40,25 @@ PUBLIC = dict.fromkeys(("LAMB", "LARS", "NLAMB", "NNLAMB", "Layerwise", "param_g
 PUBLIC |= {"plan": "scaling", "Plan": "scaling", "Stage": "scaling", "__version__": "errors"}
 
 
-def imported(source: str, file: str) -> Iterator[str]:
-    """Yield the full dotted name of everything that a file imports, wherever in the file."""
-    for node in ast.walk(ast.parse(source)):
+# A progress bar for `prepare`, which takes minutes; and what reading a corpus back does without.
+FILE_PACKAGES = {"data/progress.py": {"rich"}}
+LAZY = {"data": {"tokenizers", "pyarrow", "datasets", "rich"}, "report": {"matplotlib"}, "models": {"safetensors"}}
+
+
+def at_import(tree: ast.Module) -> Iterator[ast.AST]:
+    """Walk what runs when the file is imported: no function bodies, and nothing that is for the type checker."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        typing_only = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        if not typing_only and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting.extend(ast.iter_child_nodes(node))
+
+
+def imported(nodes: Iterable[ast.AST], file: str) -> Iterator[str]:
+    """Yield the full dotted name of everything that these nodes of a file import."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,14 +73,17 @@ def violations(source: str, file: str) -> list[str]:
     part = Path(file).parts[0].removesuffix(".py")
     ours, others = RULES.get(part, (set(), set()))
     found = [] if part in RULES else [f"{file}: no rule for this part of the package"]
-    for name in imported(source, file):
+    tree = ast.parse(source)
+    at_once = (name for name in imported(at_import(tree), file) if name.split(".")[0] in LAZY.get(part, ()))
+    found += [f"{file} imports {name} before it is needed" for name in at_once]
+    for name in imported(ast.walk(tree), file):
         root, *rest = name.split(".")
         if root == "largebatch":
             # `import largebatch` itself is for those who may import all that its public names come from
             targets = {PUBLIC.get(rest[0], rest[0])} if rest else RULES["__init__"][0]
             allowed = targets <= ours | {part, "errors"} | FILE_RULES.get(file, set())
         else:
-            allowed = root in sys.stdlib_module_names or root in others
+            allowed = root in sys.stdlib_module_names or root in others | FILE_PACKAGES.get(file, set())
             allowed &= not (name.startswith("torch.distributed") and file not in COLLECTIVES)
         if not allowed or name.endswith("*"):
             found.append(f"{file} imports {name}")
@@ -91,6 +110,9 @@ def test_each_file_imports_only_what_it_may(file: str) -> None:
         ("train/engine.py", "from largebatch.models import BertConfig"),
         ("train/engine.py", "from largebatch import plan"),
         ("data/corpus.py", "import transformers"),
+        ("data/corpus.py", "import pyarrow"),
+        ("data/corpus.py", "def f():\n    import rich"),
+        ("data/corpus.py", "if True:\n    from tokenizers import Tokenizer"),
         ("report/curves.py", "import numpy"),
         ("report/curves.py", "from largebatch import schedules"),
         ("experiments/config.py", "import matplotlib.pyplot"),
@@ -110,6 +132,8 @@ def test_a_forbidden_import_is_seen(file: str, source: str) -> None:
         ("scaling.py", "from largebatch.schedules import Triangle"),
         ("optim/lamb.py", "from . import norms\nfrom .base import x\nfrom largebatch.errors import UserError"),
         ("train/distributed.py", "import torch.distributed as dist"),
+        ("data/corpus.py", "if TYPE_CHECKING:\n    from tokenizers import Tokenizer"),
+        ("data/corpus.py", "class C:\n    def f(self):\n        import pyarrow.parquet"),
         ("train/engine.py", "from largebatch.optim import norms\nfrom largebatch import __version__, schedules"),
     ],
 )

@@ -122,6 +122,12 @@ def test_rewarmup_gives_each_stage_a_curve_of_its_own() -> None:
     assert rate(14_063 + 312) == pytest.approx(5e-3 * 1_250 / 1_562, rel=1e-12)
 
 
+def test_rewarmup_spelled_out_as_the_default() -> None:
+    assert plan("bert", (65_536, 32_768), rewarmup=True) == plan("bert", (65_536, 32_768))
+    assert plan("bert", 512, rewarmup=False) == plan("bert", 512)
+    assert plan("bert", 512, rewarmup=True) != plan("bert", 512)
+
+
 def test_resnet50_takes_the_triangle() -> None:
     assert plan("resnet50", 32_768).schedule() == schedules.Triangle(0.04, 3_519, 782)
 
@@ -148,7 +154,8 @@ def test_a_workload_of_ones_own() -> None:
 def test_overrides() -> None:
     result = plan("bert", 256, samples=256_000, base_batch_size=64, base_learning_rate=1e-3, base_warmup=1 / 16)
     assert [(s.steps, s.learning_rate, s.warmup_steps) for s in result.stages] == [(900, 2e-3, 250), (100, 2e-3, 0)]
-    assert "user" in result.source
+    assert result.source.endswith("settings of the user")
+    assert plan("bert", 512, samples=256_000).source.endswith("for the user's samples")
     half_rate = plan("bert", 512, base_learning_rate=2.5e-3)
     assert half_rate.stages[0].learning_rate == plan("bert", 512).stages[0].learning_rate / 2
     assert plan(WORKLOADS["bert"], 512) == plan("bert", 512)
@@ -200,7 +207,26 @@ def test_the_largest_batch_named_by_the_error_is_the_largest(workload: str, batc
 def test_a_batch_beyond_the_table_says_so() -> None:
     assert "no row of the paper's table" in plan("bert", 3_000).notes[0]
     assert "2,048" in plan("bert", 2_500).notes[0]
-    assert not any("no row" in note for note in plan("bert", 4_096).notes)
+    for table, workload in ((BERT, "bert"), (RESNET, "resnet50")):
+        for batch, *_ in table:
+            assert not any("no row" in note for note in plan(workload, batch).notes)
+
+
+def test_a_phase_may_be_one_step_long() -> None:
+    assert [stage.steps for stage in plan("bert", 50, samples=500).stages] == [9, 1]
+    with pytest.raises(ValueError, match=r"in \[1, 50\], the samples of that phase, got 51"):
+        plan("bert", 51, samples=500)
+
+
+def test_notes_go_with_what_they_are_about() -> None:
+    def said(*args: object, **settings: object) -> str:
+        return " ".join(plan(*args, **settings).notes)  # type: ignore[arg-type]
+
+    assert "One curve over all stages" in said("bert", 512)
+    assert "warms up again" in said("bert", 512, rewarmup=True)
+    assert "weight decay" not in said("bert", 512)
+    assert "weight decay 1.5" in said("resnet50", 512)
+    assert "stage" not in said("resnet50", 512)
 
 
 BAD = [
@@ -225,6 +251,14 @@ BAD = [
         lambda: plan("bert", 512, base_batch_size=64),
         r"base_batch_size=64 must come with base_learning_rate and base_wa",
     ),
+    (lambda: plan("bert", 512, base_batch_size=64, base_warmup=0.1), r"base_batch_size=64 must come with"),
+    (lambda: plan("bert", 512, base_batch_size=64, base_learning_rate=0.1), r"base_batch_size=64 must come with"),
+    (lambda: replace(WORKLOADS["bert"], base_warmup=0), r"base_warmup .* got 0$"),
+    (lambda: replace(WORKLOADS["bert"], base_warmup=1), r"base_warmup .* got 1$"),
+    (
+        lambda: replace(WORKLOADS["bert"], phases=(Phase("a", 1, Fraction(1)), Phase("b", 1, Fraction(0)))),
+        r"phases must each have a share in \(0, 1\]",
+    ),
     (lambda: sqrt_lr(0, 1, 1.0), r"batch_size .* got 0"),
     (lambda: linear_lr(1, 0, 1.0), r"base_batch_size .* got 0"),
     (lambda: linear_epoch_warmup(1, 1, 0.0), r"base_warmup .* got 0.0"),
@@ -247,6 +281,10 @@ def test_plans_are_values() -> None:
     assert result != plan("bert", (65_536, 32_768), recipe="nvidia")
     with pytest.raises(FrozenInstanceError):
         result.stages[0].steps = 1  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        WORKLOADS["bert"].samples = 1  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        WORKLOADS["bert"].phases[0].share = Fraction(1)  # type: ignore[misc]
 
 
 def test_a_printed_plan_fits_a_terminal_and_says_whose_numbers_it_shows() -> None:
@@ -254,4 +292,9 @@ def test_a_printed_plan_fits_a_terminal_and_says_whose_numbers_it_shows() -> Non
     assert max(map(len, text.splitlines())) < 80
     for piece in ("8,599 steps", "seq128", "65,536", "7,037", "6.000e-03", "2,000", "NVIDIA", "as printed"):
         assert piece in text
-    assert "goes on" in str(plan("bert", 512))
+    assert "a new one for each stage" in text
+    assert "goes on" not in text
+    single = str(plan("bert", 512))
+    assert single.count("goes on") == 1
+    assert "one for the whole run" in single
+    assert "goes on" not in str(plan("bert", 512, rewarmup=True))

@@ -42,6 +42,16 @@ POINTS: list[tuple[Schedule, dict[int, float]]] = [
     (Triangle(1.0, 12, 2, 2.0, end_learning_rate=0.5), {2: 1.0, 7: 0.5 + 0.5 * 0.25, 12: 0.5}),
     (Warmup(Constant(2.0), 4, start_learning_rate=1.0), {0: 1.0, 1: 1.25, 3: 1.75, 4: 2.0}),
     (Warmup(Constant(2.0), 0), {0: 2.0}),
+    (Warmup(Constant(2.0), 4), {0: 0.0, 2: 1.0, 4: 2.0}),
+    # What is left out, and the shortest runs that are accepted.
+    (PolynomialDecay(1.0, 10), {0: 1.0, 9: 0.1}),
+    (PolynomialDecay(1.0, 10, 10), {9: 0.9, 10: 0.0}),
+    (PolynomialDecay(1.0, 1), {0: 1.0, 1: 0.0}),
+    (Triangle(1.0, 10), {0: 1.0, 9: 0.1}),
+    (Triangle(1.0, 1), {0: 1.0, 1: 0.0}),
+    (Piecewise(1.0, (1, 2)), {0: 1.0, 1: 0.1, 2: 0.01}),
+    (goyal(1.0, 1), {0: 0.0, 1: 0.2, 5: 1.0, 29: 1.0, 30: 0.1, 60: 0.01, 80: 0.001}),
+    (goyal(1.0, 1, warmup_epochs=0), {0: 1.0}),
     (Piecewise(8.0, (2, 5, 7), 0.5), {0: 8.0, 1: 8.0, 2: 4.0, 4: 4.0, 5: 2.0, 7: 1.0, 70: 1.0}),
     # Goyal at 8K: 156 updates an epoch, x0.1 at epochs 30, 60, 80, from 0.1 up to 3.2 in 5 epochs.
     (

@@ -429,7 +429,6 @@ def _workload(
         base_learning_rate=workload.base_learning_rate if base_learning_rate is None else base_learning_rate,
         base_batch_size=workload.base_batch_size if base_batch_size is None else base_batch_size,
         base_warmup=workload.base_warmup if base_warmup is None else base_warmup,
-        epochs=None if samples is not None else workload.epochs,
         source="the paper's rules on settings " + ("of the user" if any(changed[1:]) else "for the user's samples"),
     )
 
@@ -461,7 +460,7 @@ def _too_large(work: Workload, phase: Phase, batch: int, steps: int, warmup: int
     """The message for a warm-up that would not end in its stage, with the largest batch for which it does."""
     # ceil(samples / batch) > warmup in the first stage; floor(steps * ratio) < steps, so ratio < 1, in a later one.
     limit = work.samples * phase.share / warmup if first else 1 / work.warmup_ratio(1)
-    most = max(1, math.ceil(limit) - 1)
+    most = math.ceil(limit) - 1
     tried = f"; tried in the paper: {', '.join(map(str, work.tabled))}" if work.tabled else ""
     return (
         f"batch_size of {phase.name} must be an integer in [1, {most}] at these settings, got {batch}: the warm-up "
