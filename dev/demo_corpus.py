@@ -5,8 +5,8 @@
 The source has one paragraph per line, a title line in brackets at the head of each book and a blank line after each.
 A whole book is no use as a document: the held-out split takes whole documents. So each book becomes runs of
 consecutive paragraphs of at least 8,000 characters (one chapter of a short-chaptered novel), separated by blank lines.
-Title lines are left out, and so are the distributor's trailer that one of the books still carries and the one book whose
-author died less than seventy years ago (in the public domain in the United States, not everywhere).
+Title lines are left out, and so are the distributor's trailer that one of the books still carries and the one book
+whose author died less than seventy years ago (in the public domain in the United States, not everywhere).
 """
 
 import argparse
