@@ -1,0 +1,60 @@
+"""Arithmetic on recorded series: smoothing, thinning, quantiles."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+NAN = math.nan
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    return [v for v in values if math.isfinite(v)]
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+    """The nearest-rank quantile of the finite values; NaN when there are none."""
+    ordered = sorted(finite(values))
+    return ordered[round(q * (len(ordered) - 1))] if ordered else NAN
+
+
+def window(num_steps: int) -> int:
+    """How many steps to average over: a fortieth of the series, odd; 1 (no smoothing) below 80 steps."""
+    return max(1, num_steps // 40) // 2 * 2 + 1 if num_steps >= 80 else 1
+
+
+def smooth(values: Sequence[float], stages: Sequence[str], width: int) -> list[float]:
+    """Centred mean over `width` finite values, never across a stage boundary; NaN stays where it is."""
+    if width == 1:
+        return [v if math.isfinite(v) else NAN for v in values]
+    out: list[float] = []
+    start = 0
+    while start < len(values):
+        stop = start
+        while stop < len(values) and stages[stop] == stages[start]:
+            stop += 1
+        out += _smooth_stage(values[start:stop], width // 2)
+        start = stop
+    return out
+
+
+def _smooth_stage(values: Sequence[float], reach: int) -> list[float]:
+    # The window shrinks towards the start, where curves are steep and a one-sided mean would bend them; at the flat
+    # end it is one-sided, since a shrinking one would end on the noise of the last step.
+    out = []
+    for i, value in enumerate(values):
+        half = min(reach, i)
+        near = finite(values[i - half : i + half + 1])
+        out.append(math.fsum(near) / len(near) if math.isfinite(value) else NAN)
+    return out
+
+
+def thin(xs: Sequence[float], ys: Sequence[float], bins: int) -> tuple[list[float], list[float]]:
+    """Keep the lowest and the highest point of each of `bins` stretches: the same picture at a fraction of the size."""
+    if len(xs) <= 2 * bins:
+        return list(xs), list(ys)
+    keep: set[int] = {0, len(xs) - 1}
+    for b in range(bins):
+        stretch = range(b * len(xs) // bins, (b + 1) * len(xs) // bins)
+        known = [i for i in stretch if math.isfinite(ys[i])]
+        keep.update((min(known, key=ys.__getitem__), max(known, key=ys.__getitem__)) if known else (stretch[0],))
+    order = sorted(keep)
+    return [xs[i] for i in order], [ys[i] for i in order]

@@ -1,0 +1,128 @@
+"""How figures look: one typography, one palette for paper and another for dark screens, sizes of a paper's columns."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMN_IN, WIDE_IN = 3.4, 7.0  # one column of a two-column paper, and both
+
+INK, MUTED, GRID, PAPER = "#1f2328", "#656d76", "#e3e6e9", "#ffffff"
+# Six hues told apart under protanopia, deuteranopia and tritanopia (least OKLab distance of any pair: 7.5, of the
+# first three: 11), on white and, lightened, on near-black.
+SERIES = ("#1670c4", "#c4510a", "#0d5c3e", "#e86fbb", "#c29218", "#6a1f8a")
+DARK = {
+    INK: "#e6e8ea",
+    MUTED: "#9aa3ad",
+    GRID: "#30363d",
+    PAPER: "#15181c",
+    **dict(zip(SERIES, ("#3d8ff5", "#ee7716", "#93e6c8", "#c9608f", "#f9cf30", "#bfa3ea"), strict=True)),
+}
+NAMES = dict(zip(DARK, ("ink", "muted", "grid", "paper", *(f"series-{i + 1}" for i in range(6))), strict=True))
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # a second and third turn through the hues
+
+_RC = {
+    "font.family": "DejaVu Sans",  # shipped with matplotlib: the same figure on every machine
+    "font.size": 7,
+    "axes.labelsize": 7,
+    "axes.titlesize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": PAPER,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "grid.linewidth": 0.5,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.4,
+    "legend.handletextpad": 0.5,
+    "legend.borderpad": 0.1,
+    "figure.constrained_layout.w_pad": 0.02,
+    "figure.constrained_layout.h_pad": 0.02,
+    "svg.hashsalt": "largebatch",  # identifiers that do not change from one report to the next
+    "svg.fonttype": "path",
+    "axes.unicode_minus": True,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: its file name without ending, what it shows, and its bytes."""
+
+    name: str
+    caption: str
+    png: bytes
+    svg: str
+    wide: bool
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw inside this: whatever the user's matplotlibrc says, and without a trace afterwards."""
+    import matplotlib.style
+
+    with matplotlib.style.context(_RC, after_reset=True):
+        yield
+
+
+def new_figure(wide: bool, height_in: float) -> "Figure":
+    """A figure of one or two columns; without pyplot, so that no global state is touched and none leaks."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDE_IN if wide else COLUMN_IN, height_in), layout="constrained")
+
+
+def picture(figure: "Figure", name: str, caption: str, *, wide: bool = False) -> Picture:
+    """Encode a figure, the same bytes every time."""
+    png, svg = BytesIO(), BytesIO()
+    figure.savefig(png, format="png", dpi=220)
+    figure.savefig(svg, format="svg", dpi=220, metadata={"Date": None, "Creator": None})
+    return Picture(name, caption, png.getvalue(), svg.getvalue().decode(), wide)
+
+
+def inline_svg(image: Picture) -> str:
+    """The figure as an element of a page: scales to its box, takes the page's colours, keeps its identifiers apart."""
+    svg = image.svg[image.svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{image.name}-", svg)
+    for colour, name in NAMES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
+
+
+def css_palette() -> str:
+    """The colours as CSS variables, for light and for dark."""
+    light = "".join(f"--{name}:{colour};" for colour, name in NAMES.items())
+    dark = "".join(f"--{name}:{DARK[colour]};" for colour, name in NAMES.items())
+    return f":root{{{light}}}@media (prefers-color-scheme:dark){{@media screen{{:root{{{dark}}}}}}}"

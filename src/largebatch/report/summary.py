@@ -1,0 +1,105 @@
+"""The short form: a run in a sentence, its key figures, and the tables of a terminal."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from largebatch.report import series
+from largebatch.report.quantities import baselines, duration, final_figures, magnitude, quantity, scores, split_name
+from largebatch.report.read import Run
+from largebatch.report.tables import Table, by_kind, comparison_table
+
+MOST_KEY_FIGURES = 4
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """A final figure with what it is to be read against."""
+
+    label: str
+    value: str
+    against: list[str]
+
+
+def sentence(run: Run) -> str:
+    """What was trained, how long, on what."""
+    optimizer = run.config.get("optim")
+    optimizer = optimizer.get("name") if isinstance(optimizer, Mapping) else optimizer
+    what = run.kind + (f" with {optimizer.upper()}" if isinstance(optimizer, str) else "")
+    if run.summary.get("parameters"):
+        what += f", {magnitude(run.summary['parameters'])} parameters"
+    parts = [f"{run.num_steps:,} steps"]
+    samples = run.summary.get("samples") or max(series.finite(run.steps.get("samples", [])), default=0)
+    if samples:
+        parts.append(f"{magnitude(samples)} samples")
+    if run.summary.get("tokens"):
+        parts.append(f"{magnitude(run.summary['tokens'])} tokens")
+    recipe = f" ({run.recipe})" if run.recipe != run.name else ""
+    took = f" in {duration(run.wall_s)}" if math.isfinite(run.wall_s) else ""
+    machine = machine_of(run)
+    return f"{run.name}{recipe}: {what}. {', '.join(parts)}{took}{f' on {machine}' if machine else ''}."
+
+
+def machine_of(run: Run) -> str:
+    """The device, in words; empty when it was not recorded."""
+    env = run.env
+    world = env.get("world_size")
+    many = f"{world} × " if isinstance(world, int) and world > 1 else ""
+    if env.get("gpu"):
+        return f"{many}{env['gpu']}"
+    threads = env.get("threads")
+    with_threads = f" ({threads} thread{'s' if threads != 1 else ''})" if threads else ""
+    return f"{many}{env['cpu']}{with_threads}" if env.get("cpu") else ""
+
+
+def key_figures(run: Run, others: Sequence[Run]) -> list[KeyFigure]:
+    """The first scores of a run beside their baselines; one of `others` with a random encoder is a baseline too."""
+    figures = []
+    latest = "" if run.complete else "latest "
+    for place, value in list(scores(run).items())[:MOST_KEY_FIGURES]:
+        split, key = place
+        what = quantity(key)
+        compared = baselines(run, key)
+        if not run.config.get("random_encoder"):
+            untrained = [scores(other) for other in others if other.config.get("random_encoder")]
+            compared += [("random encoder", found[place]) for found in untrained if place in found]
+        against = []
+        for label, base in compared:
+            difference = what.difference(value - base)
+            against.append(f"{label}: {what.text(base)}" + (f" ({difference})" if difference else ""))
+        label = f"{latest}{split_name(split)} {what.label}".strip()
+        figures.append(KeyFigure(label[:1].upper() + label[1:], what.text(value), against))
+    return figures
+
+
+def summary_tables(runs: Sequence[Run]) -> list[Table]:
+    """What a terminal of 80 columns shows: a table of one run, or one for each kind of run."""
+    if len(runs) == 1:
+        return [_one_run(runs[0])]
+    tables = []
+    for kind, group in by_kind(runs):
+        table = comparison_table(group, most_scores=2)
+        rows = [[_clip(row[0], 24), _clip(row[1], 12), *(_clip(cell, 14) for cell in row[2:])] for row in table.rows]
+        tables.append(Table(kind, [_clip(column, 14) for column in table.columns], rows))
+    return tables
+
+
+def _one_run(run: Run) -> Table:
+    planned = f" of {run.planned_steps:,}" if run.planned_steps and run.planned_steps != run.num_steps else ""
+    rows = [["Status", "complete" if run.complete else "not complete"], ["Steps", f"{run.num_steps:,}{planned}"]]
+    if math.isfinite(run.wall_s):
+        rows.append(["Time", duration(run.wall_s)])
+    if machine_of(run):
+        rows.append(["Machine", machine_of(run)])
+    rows += [[figure.label, "; ".join([figure.value, *figure.against])] for figure in key_figures(run, [])]
+    shown = list(scores(run))[:MOST_KEY_FIGURES]
+    for (split, key), value in final_figures(run).items():
+        if (split, key) not in shown:
+            label = f"{split_name(split)} {quantity(key).label}".strip()
+            rows.append([label[:1].upper() + label[1:], quantity(key).text(value)])
+    rows += [["Note", note] for note in run.notes if not note.startswith("The run is not complete")]
+    return Table(_clip(f"{run.name} ({run.kind})", 76), ["", ""], [[_clip(a, 28), _clip(b, 45)] for a, b in rows])
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
