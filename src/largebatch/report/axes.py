@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from largebatch.report import series, style
@@ -14,8 +15,37 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-X_AXES = {"step": "Optimizer step", "samples": "Samples seen", "time_s": "Training time (s)"}
 MOST_NOISY = 3  # runs in one figure whose single steps are drawn; the noise of more hides the curves
+
+
+@dataclass(frozen=True)
+class XAxis:
+    """What a curve is drawn over: a recorded column, in units of `unit` of it."""
+
+    column: str
+    label: str
+    unit: float = 1.0
+
+    def values(self, run: Run) -> list[float]:
+        return [value / self.unit for value in run.steps.get(self.column, [])]
+
+    def at(self, run: Run, step: int) -> float:
+        """Where the run stood after `step` steps."""
+        if self is STEP:
+            return step
+        i = bisect_right(run.steps["step"], step)
+        return run.steps[self.column][i - 1] / self.unit if i else 0.0
+
+
+STEP = XAxis("step", "Optimizer step")
+SAMPLES = XAxis("samples", "Samples seen")
+
+
+def training_time(runs: Sequence[Run]) -> XAxis:
+    """Time in a unit that suits the longest run."""
+    longest_s = max((max(series.finite(run.steps.get("time_s", [])), default=0.0) for run in runs), default=0.0)
+    unit, name = (1.0, "s") if longest_s < 200 else (60.0, "min") if longest_s < 12000 else (3600.0, "h")
+    return XAxis("time_s", f"Training time ({name})", unit)
 
 
 def look(i: int) -> dict[str, Any]:
@@ -24,33 +54,24 @@ def look(i: int) -> dict[str, Any]:
 
 
 def draw_run(
-    ax: "Axes", runs: Sequence[Run], i: int, ys: Sequence[float], *, x: str = "step", label: str | None = None
+    ax: "Axes", runs: Sequence[Run], i: int, ys: Sequence[float], *, x: XAxis = STEP
 ) -> tuple[list[float], int]:
     """Draw run i: every step thin, the running mean thick. Returns the mean, and how many steps it spans."""
     run, wide = runs[i], ax.get_figure().get_figwidth() > style.COLUMN_IN  # type: ignore[union-attr]
-    xs, bins = run.steps[x], 700 if wide else 350
+    xs, bins = x.values(run), 700 if wide else 350
     width = series.window(len(ys))
     mean = series.smooth(ys, run.step_stages, width)
     if width > 1 and len(runs) <= MOST_NOISY:
         known = [v if math.isfinite(v) else series.NAN for v in ys]
         thin_label = "each step" if len(runs) == 1 else None
         ax.plot(*series.thin(xs, known, bins), color=look(i)["color"], linewidth=0.5, alpha=0.32, label=thin_label)
-    if label is None:
-        label = run.name if len(runs) > 1 else f"mean of {width} steps" if width > 1 else "training"
+    label = run.name if len(runs) > 1 else f"mean of {width} steps" if width > 1 else "training"
     ax.plot(*series.thin(xs, mean, bins), **look(i), linewidth=1.2, label=label)
     if not _same_stages(runs):  # one bar across each curve in place of lines across the figure
         for position, _, _ in run.boundaries:
             k = bisect_right(run.steps["step"], position)
             ax.plot(xs[k], mean[k], marker="|", markersize=8, markeredgewidth=1.2, color=look(i)["color"])
     return mean, width
-
-
-def position(run: Run, step: int, x: str) -> float:
-    """Where on the axis `x` the run stood after `step` steps."""
-    if x == "step":
-        return step
-    i = bisect_right(run.steps["step"], step)
-    return run.steps[x][i - 1] if i else 0.0
 
 
 def mark_divergence(ax: "Axes", xs: Sequence[float], mean: Sequence[float], i: int) -> None:
@@ -65,14 +86,14 @@ def mark_divergence(ax: "Axes", xs: Sequence[float], mean: Sequence[float], i: i
 def horizontal(ax: "Axes", value: float, text: str) -> None:
     """A dashed line across the figure, labelled at its right end."""
     ax.axhline(value, color=style.INK, linewidth=0.8, linestyle=(0, (5, 2)))
-    note(ax, text, 1, value, (0, 2), ("axes fraction", "data"), ha="right")
+    note(ax, text, 1, value, (0, 2.6), ("axes fraction", "data"), ha="right")
 
 
 def note(
     ax: "Axes", text: str, x: float, y: float, offset: tuple[float, float], where: Any = "data", **how: Any
 ) -> None:
     """Small text `offset` points from (x, y), readable over lines."""
-    box = {"facecolor": style.PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+    box = {"facecolor": style.PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.4}
     ax.annotate(text, (x, y), offset, where, "offset points", size=6, bbox=box, **how)
 
 
@@ -115,14 +136,14 @@ def log_ticks(axis: "Axis", low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def finish(figure: "Figure", ax: "Axes", runs: Sequence[Run], label: str, x: str = "step") -> None:
+def finish(figure: "Figure", ax: "Axes", runs: Sequence[Run], label: str, x: XAxis = STEP) -> None:
     """Axis labels, stages, and the legend above."""
     ax.set_ylabel(label)
-    ax.set_xlabel(X_AXES[x])
-    ends = [position(run, run.num_steps, x) for run in runs]
+    ax.set_xlabel(x.label)
+    ends = [x.at(run, run.num_steps) for run in runs]
     ax.set_xlim(0, max(1.0, max(ends)) * 1.01)
-    count_ticks(ax.xaxis, short=x == "samples")
-    if x == "step" and _same_stages(runs):
+    count_ticks(ax.xaxis, short=x is SAMPLES)
+    if x is STEP and _same_stages(runs):
         _mark_stages(ax, runs[0])
     handles, labels = ax.get_legend_handles_labels()
     if len(handles) > 1:

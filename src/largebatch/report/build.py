@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from largebatch.report import curves, series, summary, tables, trust
+from largebatch.report import axes, curves, series, summary, tables, trust
 from largebatch.report.quantities import SCORES
 from largebatch.report.read import Run
 from largebatch.report.render import Block, KeyFigures, Notes, Section
@@ -76,7 +76,7 @@ def _pictures(runs: Sequence[Run], prefix: str) -> list[Picture]:
     others += [key for key in SCORES if key in often and key not in others and key != main]
     drawn = [curves.curve(runs, main, f"{prefix}{_slug(main)}", wide=True)] if main else []
     if main and len(runs) > 1:
-        drawn += [curves.curve(runs, main, f"{prefix}{_slug(main)}-by-{x[:4]}", x=x) for x in _other_axes(runs)]
+        drawn += [curves.curve(runs, main, f"{prefix}{_slug(main)}-by-{x.column[:4]}", x=x) for x in _other_axes(runs)]
     drawn += [curves.curve(runs, key, f"{prefix}{_slug(key)}") for key in sorted(others, key=_rank)]
     if "lr" in trained:
         drawn.append(curves.learning_rate(runs, f"{prefix}learning-rate"))
@@ -87,13 +87,11 @@ def _pictures(runs: Sequence[Run], prefix: str) -> list[Picture]:
     return drawn
 
 
-def _other_axes(runs: Sequence[Run]) -> list[str]:
+def _other_axes(runs: Sequence[Run]) -> list[axes.XAxis]:
     """Samples where the batches differ, since steps then are no common measure; and time."""
     batches = {tuple(stage.settings.get("batch_size") for stage in run.stages) for run in runs}
-    wanted = [*(["samples"] if len(batches) > 1 else []), "time_s"]
-    return [
-        x for x in wanted if all(len(series.finite(run.steps.get(x, []))) == len(run.steps["step"]) for run in runs)
-    ]
+    wanted = [*([axes.SAMPLES] if len(batches) > 1 else []), axes.training_time(runs)]
+    return [x for x in wanted if all(len(series.finite(x.values(run))) == len(run.steps["step"]) for run in runs)]
 
 
 def _trust_sections(runs: Sequence[Run], prefix: str) -> list[Section]:

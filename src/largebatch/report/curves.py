@@ -15,7 +15,7 @@ HEIGHT_IN, WIDE_HEIGHT_IN = 2.15, 2.6
 MARKERS = ("o", "s", "D", "^")
 
 
-def curve(runs: Sequence[Run], key: str, name: str, *, x: str = "step", wide: bool = False) -> style.Picture:
+def curve(runs: Sequence[Run], key: str, name: str, *, x: axes.XAxis = axes.STEP, wide: bool = False) -> style.Picture:
     """One quantity over training, with its evaluations as points and its baselines dashed."""
     what = quantity(key)
     figure = style.new_figure(wide, WIDE_HEIGHT_IN if wide else HEIGHT_IN)
@@ -26,7 +26,7 @@ def curve(runs: Sequence[Run], key: str, name: str, *, x: str = "step", wide: bo
         ys = [v * what.scale for v in run.steps.get(key, [])]
         if series.finite(ys):
             mean, width = axes.draw_run(ax, runs, i, ys, x=x)
-            axes.mark_divergence(ax, run.steps[x], mean, i)
+            axes.mark_divergence(ax, x.values(run), mean, i)
             widths.add(width)
             shown += mean
         shown += _draw_evaluations(ax, runs, i, key, what, x)
@@ -44,13 +44,18 @@ def learning_rate(runs: Sequence[Run], name: str) -> style.Picture:
     ax = figure.add_subplot()
     top = max(series.finite(v for run in runs for v in run.steps.get("lr", [])), default=1.0)
     power = math.floor(math.log10(top)) if top > 0 else 0
+    curves: dict[tuple[tuple[float, ...], ...], list[int]] = {}
     for i, run in enumerate(runs):
-        rates = [v / 10.0**power for v in run.steps.get("lr", [])]
+        curves.setdefault((tuple(run.steps["step"]), tuple(run.steps.get("lr", []))), []).append(i)
+    for (steps, rates), same in curves.items():
         if rates:
-            ax.plot(*series.thin(run.steps["step"], rates, 700), **axes.look(i), linewidth=1.2, label=run.name)
+            scaled = [v / 10.0**power for v in rates]
+            label = ", ".join(runs[i].name for i in same) if len(curves) > 1 else ""
+            ax.plot(*series.thin(steps, scaled, 700), **axes.look(same[0]), linewidth=1.2, label=label)
     ax.set_ylim(bottom=0)
     axes.finish(figure, ax, runs, "Learning rate" + (f" ($\\times 10^{{{power}}}$)" if power else ""))
-    return style.picture(figure, name, "Learning rate of every step.")
+    alike = ", the same in all runs" if len(curves) == 1 < len(runs) else ""
+    return style.picture(figure, name, f"Learning rate of every step{alike}.")
 
 
 def gradient_norm(runs: Sequence[Run], name: str) -> style.Picture:
@@ -133,14 +138,14 @@ def final_scores(runs: Sequence[Run], name: str) -> style.Picture | None:
     return style.picture(figure, name, "Final evaluation of each run.", wide=True)
 
 
-def _draw_evaluations(ax: "Axes", runs: Sequence[Run], i: int, key: str, what: Quantity, x: str) -> list[float]:
+def _draw_evaluations(ax: "Axes", runs: Sequence[Run], i: int, key: str, what: Quantity, x: axes.XAxis) -> list[float]:
     """Evaluations as open points. A single run's have a line and a colour of their own; in an overlay they have the
     run's colour, and a line only where no training curve is there to follow."""
     run, overlay, drawn = runs[i], len(runs) > 1, []
     found = [e for e in run.evaluations if math.isfinite(e.values.get(key, series.NAN))]
     followed = bool(series.finite(run.steps.get(key, [])))
     for k, split in enumerate(dict.fromkeys(e.split for e in found)):
-        points = [(axes.position(run, e.step, x), e.values[key] * what.scale) for e in found if e.split == split]
+        points = [(x.at(run, e.step), e.values[key] * what.scale) for e in found if e.split == split]
         style_ = axes.look(i if overlay else i + k + followed)
         label = (run.name if k == 0 else None) if overlay else split_name(split)
         if overlay and followed:
@@ -162,8 +167,10 @@ def _each(values: Sequence[tuple[str, str]]) -> str:
     return values[0][1] if len(values) == 1 else ", ".join(f"{value} ({run})" for run, value in values)
 
 
-def _curve_caption(what: Quantity, runs: Sequence[Run], key: str, widths: set[int], compared: bool, x: str) -> str:
-    parts = [what.label + {"step": "", "samples": " by samples seen", "time_s": " by training time"}[x]]
+def _curve_caption(
+    what: Quantity, runs: Sequence[Run], key: str, widths: set[int], compared: bool, x: axes.XAxis
+) -> str:
+    parts = [what.label + {"step": "", "samples": " by samples seen", "time_s": " by training time"}[x.column]]
     if max(widths, default=1) > 1:
         span = " to ".join(f"{w}" for w in sorted({min(widths), max(widths)}))
         steps = f"the mean of {span} steps within a stage"

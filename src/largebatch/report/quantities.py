@@ -50,7 +50,7 @@ KNOWN = {
     "f1": Quantity("F1", "%"),
     "perplexity": Quantity("Perplexity", lower_is_better=True),
     "lr": Quantity("Learning rate"),
-    "grad_norm": Quantity("Gradient norm before clipping (L2)"),
+    "grad_norm": Quantity("Gradient norm (L2)"),
     "tokens_per_s": Quantity("Tokens/s"),
     "sequences_per_s": Quantity("Sequences/s"),
     "flops_per_s": Quantity("Achieved FLOP/s"),

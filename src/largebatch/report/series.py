@@ -31,18 +31,18 @@ def smooth(values: Sequence[float], stages: Sequence[str], width: int) -> list[f
         stop = start
         while stop < len(values) and stages[stop] == stages[start]:
             stop += 1
-        out += _smooth_stage(values[start:stop], width // 2)
+        out += _smooth_stage(values[start:stop], width // 2, steep=start == 0)
         start = stop
     return out
 
 
-def _smooth_stage(values: Sequence[float], reach: int) -> list[float]:
-    # The window shrinks towards the start, where curves are steep and a one-sided mean would bend them; at the flat
-    # end it is one-sided, since a shrinking one would end on the noise of the last step.
+def _smooth_stage(values: Sequence[float], reach: int, *, steep: bool) -> list[float]:
+    # At the ends the window is one-sided, but at the start of training it shrinks to stay centred: curves are steep
+    # there, and a one-sided mean would bend them.
     out = []
     for i, value in enumerate(values):
-        half = min(reach, i)
-        near = finite(values[i - half : i + half + 1])
+        half = min(reach, i) if steep else reach
+        near = finite(values[max(0, i - half) : i + half + 1])
         out.append(math.fsum(near) / len(near) if math.isfinite(value) else NAN)
     return out
 

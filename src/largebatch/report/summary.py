@@ -73,14 +73,14 @@ def key_figures(run: Run, others: Sequence[Run]) -> list[KeyFigure]:
 
 
 def summary_tables(runs: Sequence[Run]) -> list[Table]:
-    """What a terminal of 80 columns shows: a table of one run, or one for each kind of run."""
+    """What a terminal shows: a table of one run, or one for each kind of run; narrow, long cells are for folding."""
     if len(runs) == 1:
         return [_one_run(runs[0])]
     tables = []
     for kind, group in by_kind(runs):
         table = comparison_table(group, most_scores=2)
-        rows = [[_clip(row[0], 24), _clip(row[1], 12), *(_clip(cell, 14) for cell in row[2:])] for row in table.rows]
-        tables.append(Table(kind, [_clip(column, 14) for column in table.columns], rows))
+        rows = [[_clip(name, 28), *cells] for name, *cells in table.rows]
+        tables.append(Table(kind, table.columns, rows))
     return tables
 
 
@@ -98,7 +98,7 @@ def _one_run(run: Run) -> Table:
             label = f"{split_name(split)} {quantity(key).label}".strip()
             rows.append([label[:1].upper() + label[1:], quantity(key).text(value)])
     rows += [["Note", note] for note in run.notes if not note.startswith("The run is not complete")]
-    return Table(_clip(f"{run.name} ({run.kind})", 76), ["", ""], [[_clip(a, 28), _clip(b, 45)] for a, b in rows])
+    return Table(_clip(f"{run.name} ({run.kind})", 76), ["", ""], rows)
 
 
 def _clip(text: str, width: int) -> str:
