@@ -7,7 +7,9 @@ from .bert import (
     BertModel,
 )
 from .config import BertConfig
+from .flops import training_flops
 from .losses import classification_loss, pretraining_loss, question_answering_loss
+from .pretrained import load_pretrained, load_weights, save_pretrained
 
 __all__ = [
     "BertConfig",
@@ -16,6 +18,10 @@ __all__ = [
     "BertForSequenceClassification",
     "BertModel",
     "classification_loss",
+    "load_pretrained",
+    "load_weights",
     "pretraining_loss",
     "question_answering_loss",
+    "save_pretrained",
+    "training_flops",
 ]
