@@ -8,7 +8,7 @@ from largebatch.report.read import Run
 from largebatch.report.render import Block, KeyFigures, Notes, Section
 from largebatch.report.style import Picture
 
-KINDS = {"pretraining": "Pre-training", "squad": "Question answering (SQuAD)", "classification": "Classification"}
+MOST_DESCRIBED = 3  # runs; more are read off the comparison
 
 
 def title_of(runs: Sequence[Run]) -> str:
@@ -27,11 +27,11 @@ def build(runs: Sequence[Run]) -> list[Section]:
     sections = [_summary(runs)]
     for kind, group in groups:
         prefix = "" if len(groups) == 1 else f"{_slug(kind)}-"
-        heading = KINDS.get(kind, kind) if len(groups) > 1 else "Training"
-        sections.append(Section(heading, _training(group, prefix)))
+        heading = _kind_title(kind) if len(groups) > 1 else "Training"
+        sections.append(Section(heading, _training(group, prefix, described=len(runs) <= MOST_DESCRIBED)))
         sections += _trust_sections(group, prefix)
     for kind, group in groups:
-        suffix = "" if len(groups) == 1 else f": {KINDS.get(kind, kind)}"
+        suffix = "" if len(groups) == 1 else f": {_kind_title(kind)}"
         contents = [run.config for run in group]
         sections.append(Section(f"Configuration{suffix}", list(tables.side_by_side("Setting", group, contents))))
     environment = tables.side_by_side("Item", runs, [run.env for run in runs])
@@ -44,20 +44,23 @@ def _summary(runs: Sequence[Run]) -> Section:
     notes = [line if len(runs) == 1 else f"{run.name}: {line}" for run in runs for line in run.notes]
     if notes:
         blocks.append(Notes(notes))
-    for run in runs:
+    for run in runs if len(runs) <= MOST_DESCRIBED else []:
         if len(runs) > 1:
             blocks.append(summary.sentence(run))
-        if len(runs) <= 3:  # more are read off the comparison
-            fellows = [other for other in runs if other.kind == run.kind and other is not run]
-            figures = summary.key_figures(run, fellows)
-            blocks += [KeyFigures(figures)] if figures else []
+        fellows = [other for other in runs if other.kind == run.kind and other is not run]
+        figures = summary.key_figures(run, fellows)
+        blocks += [KeyFigures(figures)] if figures else []
+    if len(runs) > MOST_DESCRIBED:
+        blocks += [tables.comparison_table(group) for _, group in tables.by_kind(runs)]
+        machines = ", ".join(dict.fromkeys(filter(None, map(summary.machine_of, runs))))
+        blocks += [f"Trained on {machines}."] if machines else []
     return Section("Summary", blocks)
 
 
-def _training(runs: Sequence[Run], prefix: str) -> list[Block]:
+def _training(runs: Sequence[Run], prefix: str, *, described: bool) -> list[Block]:
     blocks: list[Block] = []
     if len(runs) > 1:
-        blocks.append(tables.comparison_table(runs))
+        blocks += [tables.comparison_table(runs)] if described else []
         final = curves.final_scores(runs, f"{prefix}final")
         blocks += [final] if final else []
     blocks.append(tables.stages_table(runs))
@@ -104,8 +107,15 @@ def _trust_sections(runs: Sequence[Run], prefix: str) -> list[Section]:
             blocks.append(trust.trust_heat_map(run, f"{prefix}trust-ratios-over-time{end}"))
         blocks.append(trust.trust_bars(run, f"{prefix}trust-ratios{end}"))
         blocks.append(tables.ratios_table(run))
-        sections.append(Section("Trust ratios" + (f": {run.name}" if prefix or end else ""), blocks))
+        sections.append(
+            Section("Trust ratios" + (f": {run.name}" if prefix or end else ""), blocks, 3 if prefix or end else 2)
+        )
     return sections
+
+
+def _kind_title(kind: str) -> str:
+    name = summary.KINDS.get(kind, kind)
+    return name[:1].upper() + name[1:]
 
 
 def _evaluated(run: Run, key: str) -> int:

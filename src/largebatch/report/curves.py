@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from largebatch.report import axes, series, style
-from largebatch.report.quantities import Quantity, baselines, flatten, quantity, scores, split_name
+from largebatch.report.quantities import Quantity, baselines, flatten, quantity, scores, split_name, titled
 from largebatch.report.read import Run, number
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def final_scores(runs: Sequence[Run], name: str) -> style.Picture | None:
         for label, value in sorted({b for run in runs for b in baselines(run, key)}):
             ax.axvline(value * what.scale, color=style.INK, linewidth=0.8, linestyle=(0, (5, 2)))
             axes.note(ax, label, value * what.scale, 1, (0, 2), ("data", "axes fraction"), ha="center")
-        ax.set_xlabel(" ".join(filter(None, (split_name(split), what.axis))))
+        ax.set_xlabel(titled(split, what.axis))
         ax.margins(x=0.45, y=0.12 + 0.3 / len(runs))
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="y", length=0)

@@ -78,6 +78,15 @@ def split_name(split: str) -> str:
     return SPLITS.get(split, split)
 
 
+def titled(split: str, label: str) -> str:
+    """("heldout", "Loss") -> "Held-out loss"; abbreviations stay upper case."""
+    if not split:
+        return label
+    ordinary = label[1:2].islower()
+    text = f"{split_name(split)} {label[0].lower() if ordinary else label[0]}{label[1:]}"
+    return text[0].upper() + text[1:]
+
+
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested mappings and lists -> (dotted name, leaf), in order; an empty one is a leaf."""
     if isinstance(tree, Mapping) and tree:
@@ -150,13 +159,15 @@ def magnitude(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a reader would say them."""
+    """Seconds as a reader would say them, in spaces that do not break."""
     if not math.isfinite(seconds):
         return "unknown time"
     if seconds < 60:
-        return f"{seconds:.3g} s"
+        return f"{seconds:.3g}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s"
+        return f"{minutes}\u00a0min\u00a0{rest}\u00a0s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+    return (
+        f"{hours}\u00a0h\u00a0{minutes}\u00a0min" if hours < 48 else f"{hours // 24}\u00a0days\u00a0{hours % 24}\u00a0h"
+    )

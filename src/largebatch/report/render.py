@@ -45,7 +45,7 @@ h2{font-size:1.25rem;margin:2.4rem 0 .6rem;border-bottom:1px solid var(--grid);p
 h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
 .notes{border-left:3px solid var(--series-2);padding:.1rem 0 .1rem .9rem;margin:1rem 0}
 .notes p{margin:.25rem 0}
-.key{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:.8rem;margin:.8rem 0 1.4rem}
+.key{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:.8rem;margin:.8rem 0 1.4rem}
 .key div{border:1px solid var(--grid);border-radius:6px;padding:.6rem .8rem}
 .key b{display:block;font-size:1.35rem;font-weight:600;line-height:1.3}
 .key small{display:block;color:var(--muted);font-size:.8rem;line-height:1.35}
@@ -58,10 +58,12 @@ figcaption{font-size:.82rem;color:var(--muted);margin-top:.3rem;line-height:1.4}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding-bottom:.3rem;white-space:nowrap}
 th,td{text-align:left;padding:.22rem .9rem .22rem 0;vertical-align:top}
-th,td{border-bottom:1px solid var(--grid);overflow-wrap:anywhere}
+th,td{border-bottom:1px solid var(--grid)}
+td{overflow-wrap:anywhere}
 th{font-weight:500}
-thead th{color:var(--muted);vertical-align:bottom;overflow-wrap:normal}
-.n{text-align:right;white-space:nowrap}
+tbody th,.n{white-space:nowrap}
+.n{text-align:right}
+thead th{color:var(--muted);vertical-align:bottom;white-space:normal}
 @media(max-width:40rem){.figures{grid-template-columns:minmax(0,1fr)}}
 @media print{body{font-size:10pt;max-width:none;margin:0}h2,h3,caption{break-after:avoid}
 tr{break-inside:avoid}.scroll{overflow:visible}}

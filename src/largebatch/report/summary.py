@@ -1,15 +1,16 @@
 """The short form: a run in a sentence, its key figures, and the tables of a terminal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from largebatch.report import series
-from largebatch.report.quantities import baselines, duration, final_figures, magnitude, quantity, scores, split_name
+from largebatch.report.quantities import baselines, duration, final_figures, magnitude, quantity, scores, titled
 from largebatch.report.read import Run
-from largebatch.report.tables import Table, by_kind, comparison_table
+from largebatch.report.tables import Table, by_kind, comparison_table, optimizer_of
 
 MOST_KEY_FIGURES = 4
+KINDS = {"pretraining": "pre-training", "squad": "question answering"}
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,8 @@ class KeyFigure:
 
 def sentence(run: Run) -> str:
     """What was trained, how long, on what."""
-    optimizer = run.config.get("optim")
-    optimizer = optimizer.get("name") if isinstance(optimizer, Mapping) else optimizer
-    what = run.kind + (f" with {optimizer.upper()}" if isinstance(optimizer, str) else "")
+    optimizer = optimizer_of(run)
+    what = KINDS.get(run.kind, run.kind) + (f" with {optimizer}" if optimizer else "")
     if run.summary.get("parameters"):
         what += f", {magnitude(run.summary['parameters'])} parameters"
     parts = [f"{run.num_steps:,} steps"]
@@ -34,7 +34,7 @@ def sentence(run: Run) -> str:
         parts.append(f"{magnitude(samples)} samples")
     if run.summary.get("tokens"):
         parts.append(f"{magnitude(run.summary['tokens'])} tokens")
-    recipe = f" ({run.recipe})" if run.recipe != run.name else ""
+    recipe = f" (recipe {run.recipe})" if run.recipe != run.name else ""
     took = f" in {duration(run.wall_s)}" if math.isfinite(run.wall_s) else ""
     machine = machine_of(run)
     return f"{run.name}{recipe}: {what}. {', '.join(parts)}{took}{f' on {machine}' if machine else ''}."
@@ -55,7 +55,6 @@ def machine_of(run: Run) -> str:
 def key_figures(run: Run, others: Sequence[Run]) -> list[KeyFigure]:
     """The first scores of a run beside their baselines; one of `others` with a random encoder is a baseline too."""
     figures = []
-    latest = "" if run.complete else "latest "
     for place, value in list(scores(run).items())[:MOST_KEY_FIGURES]:
         split, key = place
         what = quantity(key)
@@ -67,8 +66,8 @@ def key_figures(run: Run, others: Sequence[Run]) -> list[KeyFigure]:
         for label, base in compared:
             difference = what.difference(value - base)
             against.append(f"{label}: {what.text(base)}" + (f" ({difference})" if difference else ""))
-        label = f"{latest}{split_name(split)} {what.label}".strip()
-        figures.append(KeyFigure(label[:1].upper() + label[1:], what.text(value), against))
+        label = titled(split, what.label)
+        figures.append(KeyFigure(label if run.complete else f"{label} (latest)", what.text(value), against))
     return figures
 
 
@@ -95,8 +94,7 @@ def _one_run(run: Run) -> Table:
     shown = list(scores(run))[:MOST_KEY_FIGURES]
     for (split, key), value in final_figures(run).items():
         if (split, key) not in shown:
-            label = f"{split_name(split)} {quantity(key).label}".strip()
-            rows.append([label[:1].upper() + label[1:], quantity(key).text(value)])
+            rows.append([titled(split, quantity(key).label), quantity(key).text(value)])
     rows += [["Note", note] for note in run.notes if not note.startswith("The run is not complete")]
     return Table(_clip(f"{run.name} ({run.kind})", 76), ["", ""], rows)
 

@@ -17,10 +17,13 @@ from largebatch.report.quantities import (
     quantity,
     scores,
     split_name,
+    titled,
 )
 from largebatch.report.read import Run, Stage, number
 
 ABSENT = "–"
+OPTIMIZERS = {"lamb": "LAMB", "nlamb": "N-LAMB", "nnlamb": "NN-LAMB", "lars": "LARS", "adamw": "AdamW", "adam": "Adam",
+              "sgd": "SGD", "adagrad": "Adagrad"}  # fmt: skip
 MOST_EVALUATIONS = 12  # rows for one run
 
 
@@ -101,14 +104,29 @@ def comparison_table(runs: Sequence[Run], most_scores: int = 6) -> Table:
     per_run = [scores(run) for run in runs]
     places = sorted({place for s in per_run for place in s}, key=lambda p: (SCORES.index(p[1]), p[0]))[:most_scores]
     one_split = len({split for split, _ in places}) == 1
-    heads = [quantity(key).axis if one_split else f"{split_name(split)} {quantity(key).axis}" for split, key in places]
+    heads = [quantity(key).axis if one_split else titled(split, quantity(key).axis) for split, key in places]
+    settings = {"Optimizer": [optimizer_of(run) for run in runs], "Batch": [_batches(run) for run in runs]}
+    settings = {name: values for name, values in settings.items() if len(set(values)) > 1}
     rows = []
-    for run, figures in zip(runs, per_run, strict=True):
+    for i, (run, figures) in enumerate(zip(runs, per_run, strict=True)):
         cells = [quantity(p[1]).text(figures[p], unit=False) if p in figures else ABSENT for p in places]
         planned = f" of {run.planned_steps:,}" if not run.complete and run.planned_steps else ""
         took = duration(run.wall_s) if math.isfinite(run.wall_s) else ABSENT
-        rows.append([run.name, f"{run.num_steps:,}{planned}", took, *cells])
-    return Table("Comparison", ["Run", "Steps", "Time", *heads], rows)
+        chosen = [values[i] or ABSENT for values in settings.values()]
+        rows.append([run.name, *chosen, f"{run.num_steps:,}{planned}", took, *cells])
+    return Table("Comparison", ["Run", *settings, "Steps", "Time", *heads], rows)
+
+
+def optimizer_of(run: Run) -> str:
+    """The optimizer's name as its authors write it; empty when it was not recorded."""
+    optimizer = run.config.get("optim")
+    name = optimizer.get("name") if isinstance(optimizer, Mapping) else optimizer
+    return OPTIMIZERS.get(name, name) if isinstance(name, str) else ""
+
+
+def _batches(run: Run) -> str:
+    sizes = [stage.settings.get("batch_size") for stage in run.stages]
+    return " → ".join(dict.fromkeys(_count(size) for size in sizes if size is not None))
 
 
 def baselines_table(runs: Sequence[Run]) -> Table:
