@@ -313,7 +313,7 @@ class Plan:
             f"source: {self.source}",
             *(f"note: {note}" for note in self.notes),
         ]
-        return "\n".join(textwrap.fill(line, 79, subsequent_indent="  ", drop_whitespace=True) for line in lines)
+        return "\n".join(textwrap.fill(line, 79, subsequent_indent="  ") for line in lines)
 
 
 def plan(
