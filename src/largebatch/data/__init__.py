@@ -6,6 +6,7 @@ from .integrity import render_report
 from .manifest import Manifest
 from .prepare import prepare
 from .sampling import SampleStream, epoch_order
+from .unigrams import unigram_entropy
 from .vocabulary import Vocabulary
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "epoch_order",
     "prepare",
     "render_report",
+    "unigram_entropy",
 ]

@@ -6,6 +6,8 @@ numbers of one training instance do not depend on which other instances were mad
 version of numpy.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,10 +54,13 @@ def draw(key: int | U64, counter: int | NDArray[np.integer]) -> U64:
 
 
 def below(bits: U64, bound: int | NDArray[np.integer]) -> NDArray[np.int64]:
-    """Integers uniform in [0, bound), bound < 2**32: the high half of 32 bits times bound (bias under bound / 2**32)."""
+    """Integers uniform in [0, bound), bound < 2**32: the high half of 32 bits times bound.
+
+    No value's probability is off by more than 2**-32.
+    """
     return (((bits >> np.uint64(32)) * np.asarray(bound).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
 def chance(bits: U64, probability: float) -> NDArray[np.bool_]:
-    """True with the given probability: the top 53 bits as a number in [0, 1) lie under it."""
-    return (bits >> np.uint64(11)) < np.uint64(round(probability * 2.0**53))
+    """True with the given probability: the top 53 bits, as a number in [0, 1), lie under it."""
+    return (bits >> np.uint64(11)) < np.uint64(math.ceil(probability * 2.0**53))
