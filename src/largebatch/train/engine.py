@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largebatch.optim import norms
 from largebatch.train import distributed
 from largebatch.train.prefetch import prefetch
 
@@ -267,11 +266,9 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
 
 
 def global_grad_norm(parameters: Iterator[nn.Parameter]) -> Tensor:
-    """The l2 norm over all gradients, a 0-D tensor, accumulated as accurately as the optimizers' own norms."""
+    """The l2 norm over all gradients, a 0-D tensor."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients[0].is_cuda:
-        return torch.stack(torch._foreach_norm(gradients)).double().norm()
-    return torch.stack([norms.partial(gradient) for gradient in gradients]).sum().sqrt()
+    return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
 
 def _scale_gradients(parameters: Iterator[nn.Parameter], factor: Tensor) -> None:
