@@ -3,6 +3,7 @@
 Shapes: B sequences of padded length L; T real tokens (rows); H the model's width; N masked positions; V the vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -312,7 +313,8 @@ class BertForQuestionAnswering(nn.Module):
 
     def __init__(self, config: BertConfig, *, unpad: bool = True, checkpoint_layers: bool = False) -> None:
         super().__init__()
-        self.config = config
+        # transformers makes this head as wide as num_labels says: what it reads must say 2
+        self.config = config = dataclasses.replace(config, num_labels=2)
         self.bert = BertModel(config, add_pooling_layer=False, unpad=unpad, checkpoint_layers=checkpoint_layers)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         initialize_weights(self.qa_outputs, config.initializer_range)

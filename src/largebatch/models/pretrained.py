@@ -49,6 +49,9 @@ def save_pretrained(
             raise UserError(f"{file}: no such tokenizer file")
     # named_parameters() has each tied tensor once, under the name transformers stores
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    if "cls.predictions.bias" in weights and not model.config.tie_word_embeddings:
+        # only where embeddings are tied does transformers know that this is the decoder's bias
+        weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config = {"architectures": [type(model).__name__], **model.config.to_hf(), "dtype": dtype}
     try:

@@ -77,7 +77,7 @@ def match_names(model: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     bare = isinstance(model, BertModel)
     wanted = {name if not bare else f"bert.{name}": parameter for name, parameter in model.named_parameters()}
     given = {_modern_name(name): tensor for name, tensor in weights.items() if not _NOT_WEIGHTS.search(name)}
-    if _HEAD_BIAS not in given and _DECODER_BIAS in given:
+    if _DECODER_BIAS in given:  # of the two names, the one that transformers computes with
         given[_HEAD_BIAS] = given[_DECODER_BIAS]
     if not any(name.startswith("bert.") for name in given):
         raise UserError(f"{source}: holds no BERT encoder (no tensor is named bert.* or encoder.*)")
