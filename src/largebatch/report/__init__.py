@@ -79,5 +79,9 @@ def summarize(runs: Sequence[Path]) -> list[Table]:
 
 def _write(path: Path, content: bytes) -> None:
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

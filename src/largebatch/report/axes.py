@@ -65,7 +65,7 @@ def draw_run(
         known = [v if math.isfinite(v) else series.NAN for v in ys]
         thin_label = "each step" if len(runs) == 1 else None
         ax.plot(*series.thin(xs, known, bins), color=look(i)["color"], linewidth=0.5, alpha=0.32, label=thin_label)
-    label = run.name if len(runs) > 1 else f"mean of {width} steps" if width > 1 else "training"
+    label = style.legend_label(run.name) if len(runs) > 1 else f"mean of {width} steps" if width > 1 else "training"
     ax.plot(*series.thin(xs, mean, bins), **look(i), linewidth=1.2, label=label)
     if not _same_stages(runs):  # one bar across each curve in place of lines across the figure
         for position, _, _ in run.boundaries:
@@ -131,7 +131,7 @@ def log_ticks(axis: "Axis", low: float, high: float) -> None:
     span = math.log10(high / low)
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1.6 else (1, 3) if span < 2.4 else (1,), numticks=12))
     axis.set_major_formatter(
-        FuncFormatter(lambda v, _: f"{v:g}" if 1e-4 < v < 1e5 else f"$10^{{{math.log10(v):.0f}}}$")
+        FuncFormatter(lambda v, _: f"{v:g}" if 1e-4 < v < 1e5 else f"10{style.superscript(round(math.log10(v)))}")
     )
     axis.set_minor_formatter(NullFormatter())
 

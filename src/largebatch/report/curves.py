@@ -31,9 +31,11 @@ def curve(runs: Sequence[Run], key: str, name: str, *, x: axes.XAxis = axes.STEP
             shown += mean
         shown += _draw_evaluations(ax, runs, i, key, what, x)
     lines = {(label, value * what.scale) for run in runs for label, value in baselines(run, key)}
+    axes.set_range(ax, [*shown, *(value for _, value in lines)], what)
+    low, high = ax.get_ylim()
+    lines = {(label, value) for label, value in lines if low <= value <= high}
     for label, value in sorted(lines, key=lambda line: line[1]):
         axes.horizontal(ax, value, f"{label} {what.text(value / what.scale)}")
-    axes.set_range(ax, [*shown, *(value for _, value in lines)], what)
     axes.finish(figure, ax, runs, what.axis, x)
     return style.picture(figure, name, _curve_caption(what, runs, key, widths, bool(lines), x), wide=wide)
 
@@ -50,10 +52,10 @@ def learning_rate(runs: Sequence[Run], name: str) -> style.Picture:
     for (steps, rates), same in curves.items():
         if rates:
             scaled = [v / 10.0**power for v in rates]
-            label = ", ".join(runs[i].name for i in same) if len(curves) > 1 else ""
+            label = ", ".join(style.legend_label(runs[i].name) for i in same) if len(curves) > 1 else ""
             ax.plot(*series.thin(steps, scaled, 700), **axes.look(same[0]), linewidth=1.2, label=label)
     ax.set_ylim(bottom=0)
-    axes.finish(figure, ax, runs, "Learning rate" + (f" ($\\times 10^{{{power}}}$)" if power else ""))
+    axes.finish(figure, ax, runs, "Learning rate" + (f" (×10{style.superscript(power)})" if power else ""))
     alike = ", the same in all runs" if len(curves) == 1 < len(runs) else ""
     return style.picture(figure, name, f"Learning rate of every step{alike}.")
 
@@ -133,7 +135,7 @@ def final_scores(runs: Sequence[Run], name: str) -> style.Picture | None:
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="y", length=0)
         ax.locator_params(axis="x", nbins=4)
-    panels[0].set_yticks(range(len(runs)), [run.name for run in runs])
+    panels[0].set_yticks(range(len(runs)), [style.legend_label(run.name) for run in runs])
     panels[0].invert_yaxis()
     return style.picture(figure, name, "Final evaluation of each run.", wide=True)
 
@@ -147,7 +149,7 @@ def _draw_evaluations(ax: "Axes", runs: Sequence[Run], i: int, key: str, what: Q
     for k, split in enumerate(dict.fromkeys(e.split for e in found)):
         points = [(x.at(run, e.step), e.values[key] * what.scale) for e in found if e.split == split]
         style_ = axes.look(i if overlay else i + k + followed)
-        label = (run.name if k == 0 else None) if overlay else split_name(split)
+        label = (style.legend_label(run.name) if k == 0 else None) if overlay else split_name(split)
         if overlay and followed:
             style_["linestyle"], label = "none", None
         marker = MARKERS[k % 4] if len(points) <= 60 or style_["linestyle"] == "none" else ""

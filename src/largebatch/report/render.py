@@ -63,7 +63,8 @@ td{overflow-wrap:anywhere}
 th{font-weight:500}
 tbody th,.n{white-space:nowrap}
 .n{text-align:right}
-thead th{color:var(--muted);vertical-align:bottom;white-space:normal}
+thead th{color:var(--muted);vertical-align:bottom}
+thead .n{white-space:normal}
 @media(max-width:40rem){.figures{grid-template-columns:minmax(0,1fr)}}
 @media print{body{font-size:10pt;max-width:none;margin:0}h2,h3,caption{break-after:avoid}
 tr{break-inside:avoid}.scroll{overflow:visible}}

@@ -78,8 +78,7 @@ def summary_tables(runs: Sequence[Run]) -> list[Table]:
     tables = []
     for kind, group in by_kind(runs):
         table = comparison_table(group, most_scores=2)
-        rows = [[_clip(name, 28), *cells] for name, *cells in table.rows]
-        tables.append(Table(kind, table.columns, rows))
+        tables.append(Table(kind, table.columns, table.rows))
     return tables
 
 
@@ -96,8 +95,4 @@ def _one_run(run: Run) -> Table:
         if (split, key) not in shown:
             rows.append([titled(split, quantity(key).label), quantity(key).text(value)])
     rows += [["Note", note] for note in run.notes if not note.startswith("The run is not complete")]
-    return Table(_clip(f"{run.name} ({run.kind})", 76), ["", ""], rows)
-
-
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return Table(f"{run.name} ({run.kind})", ["", ""], rows)

@@ -24,7 +24,7 @@ from largebatch.report.read import Run, Stage, number
 ABSENT = "–"
 OPTIMIZERS = {"lamb": "LAMB", "nlamb": "N-LAMB", "nnlamb": "NN-LAMB", "lars": "LARS", "adamw": "AdamW", "adam": "Adam",
               "sgd": "SGD", "adagrad": "Adagrad"}  # fmt: skip
-MOST_EVALUATIONS = 12  # rows for one run
+MOST_EVALUATIONS = 24  # rows of all runs together, but at least 3 and at most 12 of each
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,13 @@ def _median(run: Run, key: str, mine: Sequence[int]) -> str:
 
 
 def evaluation_table(runs: Sequence[Run]) -> Table:
-    """The evaluations over training, at most a dozen of each run."""
+    """The evaluations over training, some evenly chosen where there are many."""
     found = {key for run in runs for e in run.evaluations for key in e.values}
     keys = sorted(found, key=lambda key: (SCORES.index(key) if key in SCORES else len(SCORES), key))
+    most = min(12, max(3, MOST_EVALUATIONS // len(runs)))
     rows, left_out = [], 0
     for run in runs:
-        chosen = _evenly(run.evaluations, MOST_EVALUATIONS)
+        chosen = _evenly(run.evaluations, most)
         left_out += len(run.evaluations) - len(chosen)
         for e in chosen:
             cells = [quantity(key).text(e.values[key], unit=False) if key in e.values else ABSENT for key in keys]
