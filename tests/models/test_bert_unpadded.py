@@ -182,7 +182,7 @@ def test_same_seed_same_bits_and_dropout_acts(small_config: BertConfig, make_bat
     assert torch.equal(gradient(3), gradient(4))
 
 
-@pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+@pytest.mark.parametrize("name", ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"])
 def test_each_dropout_acts(name: str, small_config: BertConfig, make_batch: Callable) -> None:
     model = BertForSequenceClassification(BertConfig.from_hf(small_config.to_hf() | {name: 0.2}))
     batch = make_batch([9, 9, 4, 17])

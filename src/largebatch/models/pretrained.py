@@ -40,6 +40,7 @@ def save_pretrained(
     Raises:
         UserError: if a tokenizer file is missing, or the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     directory = Path(directory)
@@ -67,6 +68,8 @@ def save_pretrained(
                 os.replace(partial / name, directory / name)
     except OSError as error:
         raise UserError(f"{error.filename or directory}: cannot be written ({error.strerror})") from None
+    except SafetensorError as error:
+        raise UserError(f"{directory}: the weights cannot be written ({error})") from None
 
 
 def load_pretrained(
