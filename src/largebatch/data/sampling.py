@@ -1,5 +1,6 @@
 """The order in which an epoch's instances are visited, and a cursor that runs through epochs."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,18 +10,20 @@ from largebatch.errors import UserError
 
 from .counter_rng import below, draw, fold_key
 
-_ROUNDS = 8
 _STREAM_ORDER = 0x0DE5
+# A Feistel network of few values does not reach all permutations alike; sorting random keys does, and is cheap here.
+_MAX_SORTED = 1 << 12
+_ROUNDS = 8
 
 
 def epoch_order(seed: int, epoch: int, num: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
     """The shuffle of an epoch: positions `start` to `stop` of a permutation of ``range(num)``.
 
-    The permutation is computed where it is asked for and never stored: a Feistel network over pairs (left, right)
-    in [0, a) x [0, a), a = ceil(sqrt(num)), whose rounds add a keyed hash of the other half modulo a; a result
-    outside ``range(num)`` is sent through again until it is inside (cycle walking: Black and Rogaway, "Ciphers with
-    arbitrary finite domains", CT-RSA 2002). So a batch of an epoch of 10**8 instances costs no more than a batch of
-    a small one, resuming in the middle is free, and the order does not depend on the version of numpy.
+    A large permutation is computed where it is asked for and never stored: a Feistel network over pairs
+    (left, right) in [0, a) x [0, a), a = ceil(sqrt(num)), whose rounds add a keyed hash of the other half modulo a;
+    a result outside ``range(num)`` is sent through again until it is inside (cycle walking: Black and Rogaway,
+    "Ciphers with arbitrary finite domains", CT-RSA 2002). So a batch of an epoch of 10**8 instances costs no more
+    than one of a small epoch, resuming in the middle is free, and the order does not depend on the version of numpy.
 
     Args:
         seed: of the run.
@@ -34,14 +37,17 @@ def epoch_order(seed: int, epoch: int, num: int, start: int = 0, stop: int | Non
     stop = num if stop is None else stop
     if not 0 <= start <= stop <= num:
         raise ValueError(f"positions {start} to {stop} are not within an epoch of {num} instances")
-    side = max(1, int(np.ceil(np.sqrt(num))))
-    keys = [fold_key(_STREAM_ORDER, seed, epoch, num, r) for r in range(_ROUNDS)]
+    if num <= _MAX_SORTED:
+        keys = draw(fold_key(_STREAM_ORDER, seed, epoch, num), np.arange(num))
+        return np.argsort(keys, kind="stable")[start:stop]
+    side = math.isqrt(num - 1) + 1
+    round_keys = [fold_key(_STREAM_ORDER, seed, epoch, num, r) for r in range(_ROUNDS)]
     result = np.arange(start, stop, dtype=np.int64)
     pending = np.arange(stop - start)
     values = result.copy()
     while pending.size:
         left, right = np.divmod(values, side)
-        for key in keys:
+        for key in round_keys:
             left, right = right, left + below(draw(key, right), side)
             right -= side * (right >= side)
         values = left * side + right
