@@ -13,7 +13,9 @@ from largebatch.errors import UserError
 from largebatch.evaluate.classification import evaluate_classification
 from largebatch.experiments.config import ClassificationConfig
 from largebatch.experiments.workload import cut, rank_share
-from largebatch.models.vision import LeNet, classification_loss, lenet_training_flops
+from largebatch.models import classification_loss
+from largebatch.models.flops import lenet_training_flops
+from largebatch.models.vision import LeNet
 from largebatch.train import GlobalBatch, MicroBatch, distributed
 
 

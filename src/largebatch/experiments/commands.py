@@ -96,6 +96,7 @@ def show_summary(summary: dict[str, Any], out: Path) -> None:
 def prepare(options: argparse.Namespace) -> int:
     """`largebatch prepare`."""
     from largebatch.data import prepare as prepare_corpus
+    from largebatch.data import render_report
 
     manifest = prepare_corpus(
         options.inputs,
@@ -108,7 +109,7 @@ def prepare(options: argparse.Namespace) -> int:
         workers=options.workers,
         progress=sys.stderr.isatty(),
     )
-    print(manifest.report())
+    print(render_report(manifest))
     print(f"corpus: {options.out}")
     return 0
 

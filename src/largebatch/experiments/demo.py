@@ -4,7 +4,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from largebatch.data import prepare
+from largebatch.data import prepare, render_report
 from largebatch.errors import UserError
 from largebatch.experiments import recipes
 from largebatch.experiments.config import PretrainingConfig, RunConfig, SquadConfig, override
@@ -42,7 +42,7 @@ def demo(out: Path, settings: list[str]) -> int:
     print("\n1. Prepare: 18 classic books -> documents -> sentences -> WordPiece -> token shards")
     if not (out / "corpus" / "manifest.json").exists():
         manifest = prepare([ASSETS / "demo_corpus"], out / "corpus", vocab_size=VOCABULARY_SIZE, heldout=0.05)
-        print(manifest.report())
+        print(render_report(manifest))
 
     print("\n2. Pre-train: masked words and next sentences; " + _describe(pretraining))
     pretrained = _run(pretraining, out / "pretraining")

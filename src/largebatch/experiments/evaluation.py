@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from largebatch.evaluate import evaluate_squad, read_predictions, read_squad, squad_score
 from largebatch.errors import UserError
+from largebatch.evaluate import evaluate_squad, read_predictions, read_squad, squad_score
 from largebatch.experiments.runner import build_workload, config_of
 from largebatch.experiments.transfer import open_encoder, run_weights
 from largebatch.models import BertForQuestionAnswering

@@ -39,13 +39,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
             plain = [{"params": _tensors(group["params"]), "weight_decay": group["weight_decay"]} for group in groups]
             kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.SGD
             return kind(plain, lr=config.lr, **arguments)
-        kinds = {
-            "lamb": largebatch.LAMB,
-            "nlamb": largebatch.NLAMB,
-            "nnlamb": largebatch.NNLAMB,
-            "lars": largebatch.LARS,
-        }
-        return kinds[config.name](groups, lr=config.lr, weight_decay=config.weight_decay, **arguments)
+        kind = getattr(largebatch, config.name.upper())
+        return kind(groups, lr=config.lr, weight_decay=config.weight_decay, **arguments)
     except ValueError as error:
         raise UserError(f"optimizer {config.name}: {error}") from None
 

@@ -1,21 +1,21 @@
 """Models out of runs and into them: export to Hugging Face's format, and encoders to fine-tune from either."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import nn
 
+from largebatch.data import Vocabulary
 from largebatch.errors import UserError
 from largebatch.experiments.runner import config_of
 from largebatch.models import (
     BertConfig,
     BertForPreTraining,
     BertForQuestionAnswering,
-    load_pretrained,
     load_weights,
     save_pretrained,
 )
@@ -45,7 +45,7 @@ class Encoder:
         return found
 
     def tokenizer(self) -> Tokenizer:
-        return read_tokenizer(self.tokenizer_files[0].parent)
+        return _read_tokenizer(self.tokenizer_files)
 
     def load_into(self, model: nn.Module) -> list[str]:
         """Fill `model` with the weights; return the names of those that the encoder does not have."""
@@ -101,3 +101,17 @@ def copy_tokenizer(files: Iterable[Path], run: Path) -> None:
     folder.mkdir(exist_ok=True)
     for path in files:
         shutil.copyfile(path, folder / path.name)
+
+
+def _read_tokenizer(files: Sequence[Path]) -> Tokenizer:
+    """`tokenizer.json`, or BERT's usual tokenizer over a `vocab.txt` that lies alone, as with older models."""
+    by_name = {path.name: path for path in files}
+    if "tokenizer.json" in by_name:
+        try:
+            return Tokenizer.from_file(str(by_name["tokenizer.json"]))
+        except Exception as error:  # tokenizers raises nothing more definite
+            raise UserError(f"{by_name['tokenizer.json']} cannot be read ({error}); copy it again") from None
+    settings = read_json(by_name["tokenizer_config.json"]) if "tokenizer_config.json" in by_name else {}
+    tokens = Vocabulary.read(by_name["vocab.txt"]).tokens
+    ids = {token: index for index, token in enumerate(tokens)}
+    return BertWordPieceTokenizer(ids, lowercase=settings.get("do_lower_case", True))._tokenizer

@@ -145,7 +145,7 @@ class Engine:
                 self.optimizer.state.clear()
             batches = prefetch(self.batches(index, self.progress.cursor))
             try:
-                while self.progress.stage_step < stage.steps:
+                while self.progress.stage == index:
                     result = self._step(stage, batches)
                     skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                     if result.ends_stage:
