@@ -1,10 +1,13 @@
 """Small synthetic corpora, in memory, whose tokens say where they came from."""
 
+import lzma
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import largebatch.data
 from largebatch.data import CorpusSplit, Vocabulary
 from largebatch.data.vocabulary import SPECIAL_TOKENS
 
@@ -33,3 +36,19 @@ def make_split(vocabulary: Vocabulary) -> MakeSplit:
         return CorpusSplit.from_documents(documents, vocabulary), documents
 
     return make
+
+
+DEMO_TEXT = Path(largebatch.data.__file__).parent.parent / "assets" / "demo_corpus" / "gutenberg.txt.xz"
+
+
+@pytest.fixture(scope="session")
+def demo_documents() -> list[list[str]]:
+    """The first 150 documents (of three novels) of the shipped corpus, as paragraphs."""
+    with lzma.open(DEMO_TEXT, "rt", encoding="utf-8") as file:
+        text = file.read(1_400_000)
+    return [document.split("\n") for document in text.split("\n\n")[:150]]
+
+
+@pytest.fixture(scope="session")
+def demo_paragraphs(demo_documents: list[list[str]]) -> list[str]:
+    return [paragraph for document in demo_documents for paragraph in document]

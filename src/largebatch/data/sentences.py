@@ -7,16 +7,19 @@ English; other scripts fall back on their own full stops or on "terminator, spac
 import re
 
 # A terminator, closing quotes and brackets, spaces, then what can begin a sentence. `_ends_sentence` decides the rest.
+# The possessive quantifiers keep the time linear in hostile input.
 _CANDIDATE = re.compile(
-    r"(?P<end>[.!?\u2026]+)"
-    r"(?:[\"'\u201d\u2019)\]\u00bb*_]+|\ (?:''|\"|\u201d)(?=\ ))*"
-    r"\ +"
-    r"(?=[\"'`\u201c\u2018\u00ab(\[_*\u2013\u2014-]*\ ?(?P<next>[^\W_a-z]|[$£€¥§¿¡#]))"
-    r"|(?P<wide>[。！？]+[」』”’）]*)(?=.)"
+    r"(?<![.!?\u2026])(?P<end>[.!?\u2026]++)"
+    r"(?:[\"'\u201d\u2019)\]\u00bb*_]++|\[\d++\]|\ (?:''|\"|\u201d)(?=\ ))*+(?:--|\u2014)?+"
+    r"\ ++"
+    r"(?=[\"'`\u201c\u2018\u00ab(\[_*\u2013\u2014-]*+\ ?(?P<next>[^\W_a-z]|[$£€¥§¿¡#]))"
+    r"|(?P<wide>[。！？]++[」』”’）]*+)(?=.)"
 )
+_BREAK = re.compile(r"[\"“«(\[_*—–-]")
 _WORD = re.compile(r"[^\s\"'`“”‘’«»()\[\]_*–—-][^\s\"“”«»()\[\]]*")
+_INITIALS = re.compile(r"[^\W\d_](?:[^\W\d_]?\.[^\W\d_]{1,2})*\Z")
 _ROMAN = re.compile(r"[ivxlc]+\Z", re.IGNORECASE)
-_OPENING = "\"'`“‘«([_*"
+_OPENING = "'`‘"
 
 
 def _words(text: str) -> frozenset[str]:
@@ -26,15 +29,15 @@ def _words(text: str) -> frozenset[str]:
 # Never the last word of a sentence.
 _TITLES = _words(
     "mr mrs ms mx messrs mme mlle dr drs prof profs rev revd hon st ste gen col maj capt cmdr lt sgt cpl pvt gov sen "
-    "rep pres fr supt insp det adm esq mgr vs viz cf e.g i.e eg ie ca approx resp incl"
+    "rep pres fr supt insp det adm mgr vs viz cf e.g i.e eg ie ca approx resp incl op"
 )
 # Not the last word when a number follows.
 _BEFORE_NUMBER = _words(
-    "no nos nr fig figs eq eqs sec secs sect ch chap chaps vol vols p pp para paras art arts ref refs tab pt pts op bk "
+    "no nos nr fig figs eq eqs sec secs sect ch chap chaps vol vols p pp para paras art arts ref refs tab pt pts bk "
     "jan feb mar apr jun jul aug sep sept oct nov dec"
 )
-# The last word only when the next one is a usual first word; so are single letters and words with inner stops (U.S).
-_UNDECIDED = _words("inc ltd co cos corp bros jr sr al est ave blvd rd dept univ assn mt ft gov't intl")
+# The last word only when the next one is a usual first word; so are single letters and U.S, Ph.D and the like.
+_UNDECIDED = _words("cit esq lit inc ltd co cos corp bros jr sr al est ave blvd rd dept univ assn mt ft gov't intl")
 _FIRST_WORDS = _words(
     "a about after all also although among an and another any as at because before both but by despite during each "
     "either even every few finally first for from furthermore he hence her here hers his how however i if in indeed "
@@ -79,7 +82,9 @@ def _ends_sentence(paragraph: str, start: int, match: re.Match[str]) -> bool:
         return "!" in end or "?" in end or _next_word(paragraph, match) not in _PRONOUN_I
     stop = match.start("end")
     word_start = max(paragraph.rfind(" ", start, stop) + 1, start)
-    word = paragraph[word_start:stop].lstrip(_OPENING)
+    word = paragraph[word_start:stop]
+    if not word.isalpha():
+        word = _BREAK.split(word)[-1].lstrip(_OPENING)
     if len(word) > 5 and "." not in word:  # longer than every abbreviation below that can precede a capital
         return word.lower() not in _TITLES
     if word_start == start and (word.isdigit() or len(word) == 1 or (_ROMAN.match(word) and not word.islower())):
@@ -93,7 +98,7 @@ def _ends_sentence(paragraph: str, start: int, match: re.Match[str]) -> bool:
         before = paragraph[start:word_start].split()
         if before and before[-1][:1].islower():
             return True  # "so am I. He": a pronoun, not an initial
-    if lower in _UNDECIDED or (len(word) == 1 and word.isalpha()) or "." in word:
+    if lower in _UNDECIDED or _INITIALS.match(word):
         return _next_word(paragraph, match) in _FIRST_WORDS
     return True
 
