@@ -79,7 +79,12 @@ def _median(run: Run, key: str, mine: Sequence[int]) -> str:
 
 def evaluation_table(runs: Sequence[Run]) -> Table:
     """The evaluations over training, some evenly chosen where there are many."""
-    found = {key for run in runs for e in run.evaluations for key in e.values}
+    everything = [e.values for run in runs for e in run.evaluations]
+    # The size of the split, the same each time, is no result.
+    counts = {
+        k for k in {k for v in everything for k in v} if k not in SCORES and len({v.get(k) for v in everything}) == 1
+    }
+    found = {key for values in everything for key in values if key not in counts}
     keys = sorted(found, key=lambda key: (SCORES.index(key) if key in SCORES else len(SCORES), key))
     most = min(12, max(3, MOST_EVALUATIONS // len(runs)))
     rows, left_out = [], 0
