@@ -46,7 +46,11 @@ def batches_of(micro_batch_size: int, poison_from: int | None = None):
                 x = x * float("nan")
             cuts = range(0, size, micro_batch_size)
             micro_batches = [
-                {"x": x[i : i + micro_batch_size], "y": y[i : i + micro_batch_size], "weight": weight[i : i + micro_batch_size]}
+                {
+                    "x": x[i : i + micro_batch_size],
+                    "y": y[i : i + micro_batch_size],
+                    "weight": weight[i : i + micro_batch_size],
+                }
                 for i in cuts
             ]
             yield GlobalBatch(micro_batches, {"weighted": size - 4}, size, size, 1.0, {"batch": number + 1})
@@ -64,7 +68,9 @@ def stages(keep_moments: bool = True) -> list[Stage]:
 def engine_of(micro_batch_size: int = 6, dropout: float = 0.0, keep_moments: bool = True, **settings) -> Engine:
     torch.manual_seed(7)
     model = Classifier(dropout)
-    return Engine(model, LAMB(model.parameters(), lr=1.0), stages(keep_moments), batches_of(micro_batch_size), loss, **settings)
+    return Engine(
+        model, LAMB(model.parameters(), lr=1.0), stages(keep_moments), batches_of(micro_batch_size), loss, **settings
+    )
 
 
 def weights(engine: Engine) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from largebatch.experiments.config import (
     to_json,
 )
 from largebatch.experiments.console import RunDisplay, show_table
-from largebatch.experiments.runner import Interrupted, config_of, describe_evaluation, run
+from largebatch.experiments.runner import Interrupted, config_of, describe_evaluation, figures_of, run
 from largebatch.train import TrainingDiverged
 
 
@@ -84,8 +84,7 @@ def show_summary(summary: dict[str, Any], out: Path) -> None:
     rows += [["time", f"{summary['wall_s']:.0f} s"], ["parameters", f"{summary['parameters']:,}"]]
     rows += [
         [f"{summary['evaluation'].get('split', '')} {name}".strip(), f"{value:.4f}"]
-        for name, value in summary["evaluation"].items()
-        if isinstance(value, float)
+        for name, value in figures_of(summary["evaluation"]).items()
     ]
     rows += [[f"baseline {name}", f"{value:.4f}"] for name, value in summary["baselines"].items()]
     show_table(f"{summary['recipe']}: {out}", ["", ""], rows)

@@ -56,10 +56,16 @@ def demo(out: Path, settings: list[str]) -> int:
     page = report([out / name for name in ("pretraining", "squad", "squad-random")], out / "report")
     unigram = pretrained["baselines"]["unigram_mlm_loss"]
     loss = pretrained["evaluation"]["mlm_loss"]
+    majority = f"{pretrained['baselines']['majority_nsp_accuracy']:.1%}"
     rows = [
         ["masked words, loss (nat)", f"{loss:.3f}", f"{unigram:.3f}", "unigram entropy of the corpus"],
         ["masked words, accuracy", f"{pretrained['evaluation']['mlm_accuracy']:.1%}", "", ""],
-        ["next sentence, accuracy", f"{pretrained['evaluation']['nsp_accuracy']:.1%}", "50%", "chance"],
+        [
+            "next sentence, accuracy",
+            f"{pretrained['evaluation']['nsp_accuracy']:.1%}",
+            majority,
+            "always the same answer",
+        ],
         ["answers, F1 (%)", *(f"{run['evaluation']['f1']:.1f}" for run in (tuned, untrained)), "from a random encoder"],
         ["answers, exact match (%)", *(f"{run['evaluation']['exact_match']:.1f}" for run in (tuned, untrained)), ""],
     ]

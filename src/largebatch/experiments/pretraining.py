@@ -57,8 +57,19 @@ class PretrainingWorkload:
                 raise UserError(f"{config.data.path} holds no training instance of length {stage.sequence_length}")
         self.micro_batch_sizes = [stage.micro_batch_size or 0 for stage in config.stages]
         self.details = {"bert": self.bert.to_hf(), "vocab_size": self.bert.vocab_size}
-        self.baselines = {"unigram_mlm_loss": unigram_entropy(self.corpus)} if holds_out else {}
+        self.baselines = self._baselines() if holds_out else {}
         self.notes: list[str] = []
+
+    def _baselines(self) -> dict[str, float]:
+        """What a model reaches that sees nothing of its input: the evaluation is to be read beside it."""
+        labels = np.concatenate(
+            [batch["next_sentence_labels"].numpy() for batch in self._heldout_batches(len(self.config.stages) - 1)]
+        )
+        share = float(labels.mean())
+        return {
+            "unigram_mlm_loss": unigram_entropy(self.corpus),
+            "majority_nsp_accuracy": max(share, 1 - share),
+        }
 
     def model(self) -> nn.Module:
         return BertForPreTraining(self.bert)
@@ -121,13 +132,20 @@ class PretrainingWorkload:
         }
 
     def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:
-        instances = self._heldout[stage]
-        if instances is None:
+        if self._heldout[stage] is None:
             return {}
+        figures = evaluate_pretraining(
+            model, self._heldout_batches(stage), self.loss, autocast=self.config.precision.replace("auto", "fp32")
+        )
+        return {"split": "heldout", **figures}
+
+    def _heldout_batches(self, stage: int) -> Iterator[MicroBatch]:
+        """The same held-out instances at every evaluation."""
+        instances = self._heldout[stage]
+        assert instances is not None
         count = min(self.config.data.evaluation_sequences, instances.num_instances(0))
-        chunks = cut(np.arange(count), _EVALUATION_MICRO_BATCH)
-        micro_batches = (as_micro_batch(instances.batch(0, chunk)) for chunk in chunks)
-        return {"split": "heldout", **evaluate_pretraining(model, micro_batches, self.loss)}
+        for rows in cut(np.arange(count), _EVALUATION_MICRO_BATCH):
+            yield as_micro_batch(instances.batch(0, rows))
 
     def save_assets(self, run: Path) -> None:
         copy_tokenizer(self.corpus.tokenizer_files, run)

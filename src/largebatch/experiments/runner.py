@@ -241,8 +241,14 @@ def peak_rate(config: RunConfig, index: int) -> float:
 
 def describe_evaluation(evaluation: dict[str, Any]) -> str:
     """An evaluation in one line of text."""
-    numbers = [f"{name} {value:.4g}" for name, value in evaluation.items() if isinstance(value, float)]
+    numbers = [f"{name} {value:.4g}" for name, value in figures_of(evaluation).items()]
     return f"{evaluation.get('split', 'evaluation')}: " + ", ".join(numbers)
+
+
+def figures_of(evaluation: dict[str, Any]) -> dict[str, float]:
+    """An evaluation without its counts and its split."""
+    counts = ("masked_tokens", "sequences", "samples")
+    return {name: v for name, v in evaluation.items() if isinstance(v, float) and name not in counts}
 
 
 def _check_sizes(stage: StageConfig, where: str) -> None:

@@ -1,0 +1,185 @@
+"""Whole runs: two stages, exact resume, export, fine-tuning and report, on a small scale but through the real path."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from largebatch.cli import main
+from largebatch.experiments.config import override
+from largebatch.experiments.recipes import get
+from largebatch.experiments.runner import Interrupted, run
+from largebatch.experiments.transfer import run_weights
+from largebatch.train import checkpoint
+
+from .conftest import ASSETS, small_bert
+
+TIMES = {"tokens_per_s", "sequences_per_s", "flops_per_s", "mfu", "data_s", "time_s"}
+
+
+def lines(run_directory: Path, *events: str) -> list[dict]:
+    found = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in found if line["event"] in events]
+
+
+def small_lenet(*settings: str):
+    path = ASSETS / "mnist_sample"
+    fixed = ["stages.0.batch_size=100", "stages.0.steps=6", "stages.0.warmup_steps=2", "stages.0.micro_batch_size=50"]
+    return override(
+        get("lenet-mnist"), [f"data.path={path}", "checkpoint_every=2", "evaluate_every=3", *fixed, *settings]
+    )
+
+
+def test_a_run_directory_holds_everything(pretrained: Path):
+    config = json.loads((pretrained / "config.json").read_text())
+    summary = json.loads((pretrained / "summary.json").read_text())
+    steps = lines(pretrained, "step")
+    assert config["kind"] == "pretraining"
+    assert config["details"]["bert"]["vocab_size"] == 600
+    assert [line["stage"] for line in steps] == ["seq128"] * 5 + ["seq512"] * 4
+    assert {"loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "grad_norm", "clipped", "lr", "samples"} <= steps[0].keys()
+    assert steps[-1]["samples"] == summary["samples"] == 5 * 16 + 4 * 8
+    assert summary["status"] == "complete"
+    assert summary["evaluation"]["mlm_loss"] > 0
+    assert 0 < summary["baselines"]["unigram_mlm_loss"] < 6.4  # ln 600
+    assert json.loads((pretrained / "env.json").read_text())["threads"] >= 1
+    assert (pretrained / "tokenizer" / "vocab.txt").exists()
+    ratios = lines(pretrained, "trust_ratios")[-1]["ratios"]
+    assert "bert.encoder.layer.0.attention.self.query.weight" in ratios
+    assert not any("bias" in name or "LayerNorm" in name for name in ratios)
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 7], ids=["inside stage 1", "on the boundary", "inside stage 2"])
+def test_a_stopped_run_goes_on_with_the_same_bits(corpus: Path, pretrained: Path, tmp_path: Path, stop_after):
+    """A SIGTERM at any step, then a resume: metrics, evaluations and weights are those of the run that never stopped."""
+
+    def stop(result, total):
+        if result.step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match=f"after step {stop_after}; go on with --resume"):
+        run(small_bert(corpus), out, on_step=stop)
+    assert checkpoint.latest(out / "checkpoints").name == f"step-{stop_after:08d}"
+    run(small_bert(corpus), out, resume=True)
+    events = ("step", "eval", "trust_ratios", "stage")
+    assert lines(out, *events) == lines(pretrained, *events)
+    assert [line["step"] for line in lines(out, "resume")] == [stop_after]
+    theirs = run_weights(pretrained)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in run_weights(out).items())
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(corpus: Path, pretrained: Path, tmp_path: Path):
+    """Killed without warning after step 5 of a run that writes every 2 steps and at stage ends; the tail is redone."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(result, total):
+        if result.step == 7:
+            raise Killed
+
+    out = tmp_path / "run"
+    with pytest.raises(Killed):
+        run(small_bert(corpus), out, on_step=kill)
+    assert checkpoint.latest(out / "checkpoints").name == "step-00000006"
+    run(small_bert(corpus), out, resume=True)
+    assert lines(out, "step") == lines(pretrained, "step")
+
+
+def test_another_seed_gives_another_run(corpus: Path, pretrained: Path, tmp_path: Path):
+    """Companion: the comparisons above can fail."""
+    run(small_bert(corpus, "seed=1"), tmp_path / "run")
+    assert lines(tmp_path / "run", "step") != lines(pretrained, "step")
+
+
+def test_the_micro_batch_does_not_change_the_run(corpus: Path, tmp_path: Path):
+    """Without dropout, whose masks go with the micro-batch: float32 sums in another order, amplified over 9 steps."""
+    still = ("model.hidden_dropout=0", "model.attention_dropout=0")
+    run(small_bert(corpus, *still), tmp_path / "one")
+    run(small_bert(corpus, *still, "stages.0.micro_batch_size=16", "stages.1.micro_batch_size=2"), tmp_path / "other")
+    one, other = ([line["loss"] for line in lines(tmp_path / name, "step")] for name in ("one", "other"))
+    assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_micro_batch_is_found_when_none_is_given(corpus: Path, tmp_path: Path):
+    short = [f"stages.{stage}.{key}" for stage in (0, 1) for key in ("steps=1", "warmup_steps=0")]
+    run(small_bert(corpus, "stages.0.micro_batch_size=none", *short), tmp_path / "run")
+    stage = json.loads((tmp_path / "run" / "config.json").read_text())["stages"][0]
+    assert stage["batch_size"] % stage["micro_batch_size"] == 0
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars", "adamw", "sgd"])
+def test_a_second_workload_goes_through_the_same_engine(tmp_path: Path, name):
+    run(small_lenet(f"optim.name={name}"), tmp_path / "run")
+    assert len(lines(tmp_path / "run", "step")) == 6
+    assert [line["step"] for line in lines(tmp_path / "run", "eval")] == [3, 6]
+    assert len(lines(tmp_path / "run", "trust_ratios")) == (1 if name in ("lamb", "lars") else 0)
+    assert 0 <= json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]["accuracy"] <= 1
+
+
+def test_what_is_exported_is_what_transformers_computes(pretrained: Path, tmp_path: Path):
+    """Logits equal to 1e-5 in float32, the tokenizer's ids equal, and the folder fine-tunes as well as the run."""
+    transformers = pytest.importorskip("transformers")
+    from largebatch.models import BertForPreTraining, load_pretrained
+
+    assert main(["export", str(pretrained), "--out", str(tmp_path / "hf")]) == 0
+    theirs = transformers.BertForPreTraining.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    batch = tokenizer(
+        ["It was a truth.", "A single man [MASK] want of a wife, said she."], return_tensors="pt", padding=True
+    )
+    ours = load_pretrained(BertForPreTraining, tmp_path / "hf").eval()
+    mask = batch["attention_mask"].bool()
+    real = mask.flatten().nonzero().flatten()
+    with torch.no_grad():
+        expected = theirs(**batch)
+        logits, next_sentence = ours(batch["input_ids"], batch["token_type_ids"], mask, real)
+    torch.testing.assert_close(logits, expected.prediction_logits.flatten(0, 1)[real], atol=1e-5, rtol=0)
+    torch.testing.assert_close(next_sentence, expected.seq_relationship_logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("source", ["run", "hf"])
+def test_fine_tuning_starts_from_a_run_or_a_folder(pretrained: Path, questions, tmp_path: Path, source, capsys):
+    model = pretrained
+    if source == "hf":
+        model = tmp_path / "hf"
+        main(["export", str(pretrained), "--out", str(model)])
+    train, test = questions
+    out = tmp_path / "squad"
+    settings = ["data.max_sequence_length=96", "stages.0.batch_size=8", "stages.0.micro_batch_size=8"]
+    arguments = [
+        "finetune",
+        "squad",
+        "--model",
+        str(model),
+        "--train",
+        str(train),
+        "--test",
+        str(test),
+        "--epochs",
+        "0.5",
+    ]
+    assert main([*arguments, "--out", str(out), *[part for s in settings for part in ("--set", s)]]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert 0 <= summary["evaluation"]["exact_match"] <= summary["evaluation"]["f1"] <= 100
+    capsys.readouterr()
+    assert main(["evaluate", "--squad", str(test), "--predictions", str(out / "predictions.json")]) == 0
+    scored = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scored["f1"] == summary["evaluation"]["f1"]
+    assert scored["missing"] == scored["unknown"] == 0
+
+
+def test_a_run_is_evaluated_as_it_was_at_its_end(pretrained: Path, capsys):
+    assert main(["evaluate", str(pretrained)]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures == json.loads((pretrained / "summary.json").read_text())["evaluation"]
+
+
+def test_the_report_reads_a_real_run(pretrained: Path, tmp_path: Path, capsys):
+    assert main(["report", str(pretrained), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    assert "seq512" in (tmp_path / "report" / "report.md").read_text()
