@@ -54,7 +54,7 @@ def test_a_run_directory_holds_everything(pretrained: Path):
 
 @pytest.mark.parametrize("stop_after", [3, 5, 7], ids=["inside stage 1", "on the boundary", "inside stage 2"])
 def test_a_stopped_run_goes_on_with_the_same_bits(corpus: Path, pretrained: Path, tmp_path: Path, stop_after):
-    """A SIGTERM at any step, then a resume: metrics, evaluations and weights are those of the run that never stopped."""
+    """A SIGTERM at any step, then a resume: metrics and weights are those of the run that never stopped."""
 
     def stop(result, total):
         if result.step == stop_after:

@@ -1,4 +1,4 @@
-"""Ranks share a global batch and end with the run of one process: sums over ranks, once, of a globally normalised loss."""
+"""Ranks share a global batch and end with the run of one process: one sum of gradients of a global mean."""
 
 import json
 import os

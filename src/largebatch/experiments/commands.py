@@ -167,8 +167,12 @@ def export(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     """`largebatch report`."""
     from largebatch.report import report as write_report
+    from largebatch.report import summarize
 
-    print(write_report(options.runs, options.out))
+    page = write_report(options.runs, options.out)
+    for table in summarize(options.runs):
+        show_table(table.title, list(table.columns), [list(row) for row in table.rows])
+    print(page)
     return 0
 
 

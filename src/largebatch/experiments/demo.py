@@ -64,7 +64,7 @@ def demo(out: Path, settings: list[str]) -> int:
             "next sentence, accuracy",
             f"{pretrained['evaluation']['nsp_accuracy']:.1%}",
             majority,
-            "always the same answer",
+            "one answer always",
         ],
         ["answers, F1 (%)", *(f"{run['evaluation']['f1']:.1f}" for run in (tuned, untrained)), "from a random encoder"],
         ["answers, exact match (%)", *(f"{run['evaluation']['exact_match']:.1f}" for run in (tuned, untrained)), ""],

@@ -1,0 +1,145 @@
+"""The command: what a user's mistake looks like (one line, status 2, nothing left behind), and what commands print."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import largebatch
+from largebatch.cli import main
+
+ASSETS = Path(largebatch.__file__).parent / "assets"
+
+
+def failure(capsys, *arguments: str) -> str:
+    """The one line that a wrong command prints."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    line = captured.err.rstrip("\n")
+    assert line.startswith("largebatch: ")
+    assert "\n" not in line
+    assert "Traceback" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    paragraphs = [
+        f"The {word} came in. It sat down by the {word}, and said nothing more." for word in ["cat", "dog", "owl"]
+    ]
+    (folder / "text.txt").write_text("\n\n".join(f"{p}\n{p} Number {i}." for i in range(60) for p in paragraphs))
+    command = ["prepare", str(folder / "text.txt"), "--out", str(folder / "corpus"), "--vocab-size", "100"]
+    assert main([*command, "--heldout", "0.2", "--workers", "1"]) == 0
+    return folder / "corpus"
+
+
+def test_prepare_reports_what_it_made(corpus, capsys):
+    assert (corpus / "manifest.json").exists()
+
+
+def test_prepare_refuses_bad_input(tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("first line\ncaf\xe9\n".encode("latin-1"))
+    (tmp_path / "lines.jsonl").write_text('{"text": "Fine."}\n{"body": "No text."}\n')
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    (tmp_path / "good.txt").write_text("Some words. And more words.\n")
+    cases = {
+        "missing.txt": ["missing.txt"],
+        "empty.txt": ["empty.txt", "empty"],
+        "latin.txt": ["latin.txt", "line 2", "UTF-8"],
+        "lines.jsonl": ["lines.jsonl", "line 2", "text"],
+    }
+    for name, expected in cases.items():
+        line = failure(capsys, "prepare", tmp_path / name, "--out", out, "--workers", "1")
+        assert all(part in line for part in expected), line
+        assert not out.exists()
+    line = failure(capsys, "prepare", tmp_path / "good.txt", "--out", out, "--vocab", tmp_path / "vocab.txt")
+    assert "vocab.txt" in line
+    assert "[MASK]" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_shard_is_found_before_training(corpus, tmp_path, capsys, damage):
+    shard = sorted((corpus / "train").glob("*"), key=lambda path: path.stat().st_size)[-1]
+    content = shard.read_bytes()
+    try:
+        if damage == "cut":
+            shard.write_bytes(content[:-1])
+        else:
+            shard.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        line = failure(capsys, "train", "bert-tiny", "--data", corpus, "--out", tmp_path / "run")
+        assert shard.name in line
+        assert not (tmp_path / "run").exists()
+    finally:
+        shard.write_bytes(content)
+
+
+def test_train_refuses_bad_settings(corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    cases = {
+        ("optim.lrr=1",): "the nearest is optim.lr",
+        ("stages.0.batch_size=100", "stages.0.micro_batch_size=33"): "no multiple of the micro-batch 33",
+        ("stages.0.warmup_steps=999999",): "stages.0: warmup_steps",
+        ("optim.name=lamp",): "optim.name=lamp is not known",
+        ("optim.lr=-1",): "lr",
+        ("optim.momentum=0.5",): "optim.momentum has no effect on lamb",
+        ("precision=fp64",): "precision is 'fp64'",
+        ("model.name=enormous",): "enormous",
+        ("device=tpu",): "device is 'tpu'",
+        ("stages.1.sequence_length=100000",): "100000",
+    }
+    for settings, expected in cases.items():
+        changes = [part for setting in settings for part in ("--set", setting)]
+        line = failure(capsys, "train", "bert-tiny", "--data", corpus, "--out", run, *changes)
+        assert expected in line, line
+        assert not run.exists(), settings
+    assert "the nearest is bert-tiny" in failure(capsys, "train", "bert-tinny", "--out", run)
+    assert "largebatch prepare" in failure(capsys, "train", "bert-tiny", "--out", run)
+    assert "no such" in failure(capsys, "train", "lenet-mnist", "--data", tmp_path / "nowhere", "--out", run)
+
+
+def test_other_commands_refuse_bad_input(tmp_path, capsys):
+    assert "run directory" in failure(capsys, "export", tmp_path)
+    assert "name the model with --model" in failure(capsys, "finetune", "squad")
+    assert "bert, resnet50" in failure(capsys, "plan", "gpt", "512").replace("'", "")
+    assert "name a run" in failure(capsys, "evaluate")
+    failure(capsys, "report", tmp_path / "nothing")
+    content = json.loads((ASSETS / "squad_extract" / "test.json").read_text())
+    content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] += 1
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    (tmp_path / "predictions.json").write_text("[]")
+    line = failure(
+        capsys,
+        "evaluate",
+        "--squad",
+        ASSETS / "squad_extract" / "test.json",
+        "--predictions",
+        tmp_path / "predictions.json",
+    )
+    assert "predictions.json" in line
+
+
+def test_plan_prints_the_papers_run(capsys):
+    assert main(["plan", "bert", "65536,32768"]) == 0
+    text = capsys.readouterr().out
+    assert "7,037" in text
+    assert "1,562" in text
+    assert "8,599" in text
+
+
+def test_settings_of_a_recipe_are_listed_as_set_takes_them(capsys):
+    assert main(["train", "lenet-mnist", "--list"]) == 0
+    assert "optim.lr=0.004" in capsys.readouterr().out.splitlines()
+
+
+def test_help_imports_no_torch():
+    """The command answers at once: nothing heavy is imported before a command runs. torch comes with the package."""
+    code = "import sys; from largebatch.cli import build_parser; build_parser(); print([m for m in ('tokenizers', 'rich', 'matplotlib', 'transformers') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
