@@ -20,6 +20,7 @@ from largebatch.models import (
     classification_loss,
     pretraining_loss,
 )
+from largebatch.models.config import ACTIVATIONS
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,7 +76,7 @@ def test_encoder(lengths: tuple[int, ...], unpad: bool, small_config: BertConfig
     torch.testing.assert_close(pooled, expected.pooler_output, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "tanh"])
+@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
 def test_every_activation(hidden_act: str, small_config: BertConfig, make_batch: Callable) -> None:
     config = BertConfig.from_hf(small_config.to_hf() | {"hidden_act": hidden_act})
     ours, theirs = twins(BertForPreTraining, config)

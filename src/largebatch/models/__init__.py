@@ -1,13 +1,9 @@
 """Models and their losses: BERT on real tokens only, and the vision networks of the LAMB paper."""
 
-from .bert import (
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertModel,
-)
+from .bert import BertModel
 from .config import BertConfig
 from .flops import training_flops
+from .heads import BertForPreTraining, BertForQuestionAnswering, BertForSequenceClassification
 from .losses import classification_loss, pretraining_loss, question_answering_loss
 from .pretrained import load_pretrained, load_weights, save_pretrained
 

@@ -140,11 +140,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, layout:
     """
     if layout.blocks is not None:
         return _block_attention(query, key, value, num_heads, layout.blocks, dropout)
-    varlen = _varlen_attention() if query.is_cuda and layout.token_index is not None and not dropout else None
-    if varlen is not None and query.dtype in (torch.float16, torch.bfloat16):
-        ends, longest = layout.cumulative_lengths, layout.sequence_length
-        per_head = (rows.view(rows.shape[0], num_heads, -1) for rows in (query, key, value))
-        return varlen(*per_head, ends, ends, longest, longest).flatten(1)
+    head_width = query.shape[1] // num_heads
+    if query.is_cuda and layout.token_index is not None and not dropout and head_width % 8 == 0:
+        varlen = _varlen_attention(query.device)
+        if varlen is not None and query.dtype in (torch.float16, torch.bfloat16):
+            ends, longest = layout.cumulative_lengths, layout.sequence_length
+            per_head = (rows.view(-1, num_heads, head_width) for rows in (query, key, value))
+            return varlen(*per_head, ends, ends, longest, longest).flatten(1)
 
     def split_heads(rows: Tensor) -> Tensor:  # [T, H] -> [B, n, L, d]
         return layout.pad(rows).view(layout.batch_size, layout.sequence_length, num_heads, -1).transpose(1, 2)
@@ -175,7 +177,10 @@ def _block_attention(
 
 
 @functools.cache
-def _varlen_attention() -> Callable[..., Tensor] | None:
+def _varlen_attention(device: torch.device) -> Callable[..., Tensor] | None:
+    """PyTorch's flash attention over packed rows, where the version and the device (Ampere or newer) have it."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

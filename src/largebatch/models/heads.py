@@ -1,0 +1,141 @@
+"""BERT with the heads it is pre-trained and fine-tuned with; parameter names are transformers'.
+
+Shapes: B sequences of padded length L; H the model's width; N masked positions; V the vocabulary.
+"""
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from .bert import ACTIVATION_FUNCTIONS, BertModel, initialize_weights, select_rows
+from .config import BertConfig
+
+# Finite, so that sums of two of them and half precision stay finite; exp() of it is 0. The value is original BERT's.
+PADDING_LOGIT = -10000.0
+
+
+class BertPredictionHeadTransform(nn.Module):
+    """LayerNorm(activation(dense(rows))), before the decoder."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[N, H] -> [N, H]."""
+        return self.LayerNorm(self.activation(self.dense(rows)))
+
+
+class BertLMPredictionHead(nn.Module):
+    """Logits over the vocabulary; the decoder's bias has a second name, ``bias``, as in transformers."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = self.decoder.bias
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[N, H] -> [N, V]."""
+        return self.decoder(self.transform(rows))
+
+
+class BertPreTrainingHeads(nn.Module):
+    """The masked-language-model head and the next-sentence head."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class BertForPreTraining(nn.Module):
+    """BERT with both pre-training heads; the vocabulary's logits are computed at the masked positions only.
+
+    Args:
+        config: the shape.
+        unpad, checkpoint_layers: as for :class:`BertModel`.
+    """
+
+    def __init__(self, config: BertConfig, *, unpad: bool = True, checkpoint_layers: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, unpad=unpad, checkpoint_layers=checkpoint_layers)
+        self.cls = BertPreTrainingHeads(config)
+        initialize_weights(self.cls, config.initializer_range)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the decoder share the word embeddings (again: a model made on the meta device loses the sharing)."""
+        if self.config.tie_word_embeddings:
+            self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        self.cls.predictions.bias = self.cls.predictions.decoder.bias
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None, masked_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of the masked tokens and of the next-sentence prediction.
+
+        Args:
+            input_ids, token_type_ids, attention_mask: as for :class:`BertModel`.
+            masked_positions: [N] int64, flat into B * L; may be empty.
+
+        Returns:
+            Logits [N, V] in the order of ``masked_positions``, and [B, 2] (class 1: the second segment is random).
+        """
+        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask)
+        masked_rows = select_rows(rows, layout.rows_at(masked_positions))
+        return self.cls.predictions(masked_rows), self.cls.seq_relationship(self.bert.pool(rows, layout))
+
+
+class BertForQuestionAnswering(nn.Module):
+    """BERT with the extractive question-answering head: the start and the end of the answer span.
+
+    Args:
+        config: the shape.
+        unpad, checkpoint_layers: as for :class:`BertModel`.
+    """
+
+    def __init__(self, config: BertConfig, *, unpad: bool = True, checkpoint_layers: bool = False) -> None:
+        super().__init__()
+        # transformers makes this head as wide as num_labels says: what it reads must say 2
+        self.config = config = dataclasses.replace(config, num_labels=2)
+        self.bert = BertModel(config, add_pooling_layer=False, unpad=unpad, checkpoint_layers=checkpoint_layers)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        initialize_weights(self.qa_outputs, config.initializer_range)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return start and end logits [B, L]; padding gets a logit of -10,000, hence no probability."""
+        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask)
+        logits = layout.pad(self.qa_outputs(rows)).masked_fill(~layout.mask[..., None], PADDING_LOGIT)
+        start_logits, end_logits = logits.unbind(-1)
+        return start_logits, end_logits
+
+
+class BertForSequenceClassification(nn.Module):
+    """BERT with a classifier on the pooled [CLS] state.
+
+    Args:
+        config: the shape; ``num_labels`` is the number of classes.
+        unpad, checkpoint_layers: as for :class:`BertModel`.
+    """
+
+    def __init__(self, config: BertConfig, *, unpad: bool = True, checkpoint_layers: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, unpad=unpad, checkpoint_layers=checkpoint_layers)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        initialize_weights(self.classifier, config.initializer_range)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return class logits [B, num_labels]."""
+        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask)
+        return self.classifier(self.dropout(self.bert.pool(rows, layout)))
