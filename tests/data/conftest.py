@@ -42,6 +42,12 @@ DEMO_TEXT = Path(largebatch.data.__file__).parent.parent / "assets" / "demo_corp
 
 
 @pytest.fixture(scope="session")
+def demo_text() -> Path:
+    """The shipped corpus, one compressed text file."""
+    return DEMO_TEXT
+
+
+@pytest.fixture(scope="session")
 def demo_documents() -> list[list[str]]:
     """The first 150 documents (of three novels) of the shipped corpus, as paragraphs."""
     with lzma.open(DEMO_TEXT, "rt", encoding="utf-8") as file:

@@ -202,7 +202,7 @@ def _file_pieces(source: Source, advance: Progress) -> Iterator[Piece]:
                             f"{source.path}, line {line}: longer than {MAX_DOCUMENT_BYTES >> 20} MiB; "
                             "a JSON-lines file holds one document per line"
                         )
-                    cut = max(carry.rfind(b"\n"), carry.rfind(b" ")) + 1 or len(carry)
+                    cut = carry.rfind(b"\n") + 1 or carry.rfind(b" ") + 1 or _last_character(carry)
                     cut_document = True
                 if not cut:
                     continue
@@ -224,6 +224,14 @@ def _last_end(content: bytes, kind: str) -> int:
     for match in _BLANK_LINE.finditer(content):
         end = match.end()
     return end
+
+
+def _last_character(content: bytes) -> int:
+    """Where the last UTF-8 character begins."""
+    start = len(content) - 1
+    while start > 1 and content[start] & 0xC0 == 0x80:
+        start -= 1
+    return start
 
 
 @contextmanager
