@@ -27,6 +27,8 @@ class CorpusSplit:
         sentence_offsets: int64 [num_sentences + 1], the first token of each sentence, and the end.
         document_offsets: int64 [num_documents + 1], the first sentence of each document, and the end.
         vocabulary: of the token ids.
+        directory: of the corpus that can be opened again for this split, None if there is none. With it, a pickled
+            split is its address and not its tokens.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class CorpusSplit:
         sentence_offsets: NDArray[np.int64],
         document_offsets: NDArray[np.int64],
         vocabulary: Vocabulary,
+        directory: Path | None = None,
     ) -> None:
         self.name = name
+        self._directory = directory
         self.vocabulary = vocabulary
         self.sentence_offsets = np.asarray(sentence_offsets)
         self.document_offsets = np.asarray(document_offsets)
@@ -88,6 +92,11 @@ class CorpusSplit:
         bounds = self.sentence_offsets[first : last + 1]
         pieces = list(self.tokens(int(bounds[0]), int(bounds[-1])))
         return np.split(np.concatenate(pieces), bounds[1:-1] - bounds[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._directory is not None:
+            return _open_split, (self._directory, self.name)
+        return CorpusSplit, (self.name, self._shards, self.sentence_offsets, self.document_offsets, self.vocabulary)
 
     def __len__(self) -> int:
         return self.num_documents
@@ -195,4 +204,9 @@ class Corpus:
             load(f"{name}/sentence_offsets.npy"),
             load(f"{name}/document_offsets.npy"),
             self.vocabulary,
+            self.directory.absolute(),
         )
+
+
+def _open_split(directory: Path, name: str) -> CorpusSplit:
+    return Corpus.open(directory, verify=False).split(name)

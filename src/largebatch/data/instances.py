@@ -1,6 +1,7 @@
 """Masked-LM and next-sentence training instances, made on the fly, each a pure function of (seed, epoch, index)."""
 
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +119,9 @@ class PretrainingInstances:
         for number, content in enumerate(parts):
             content["masked_positions"] += number * part * self.sequence_length
         return {name: np.concatenate([content[name] for content in parts]) for name in parts[0]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_starts": OrderedDict()}  # cheap to make again, large to send
 
     def _part(self, epoch: int, indices: Int64) -> dict[str, NDArray]:
         settings, L = self._settings(epoch), self.sequence_length

@@ -259,8 +259,9 @@ def _open(source: Source, advance: Progress) -> Iterator[Callable[[int], bytes]]
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged or not a {path.suffix} file ({error})") from None
     except OSError as error:
-        reason = error.strerror or f"damaged or not a {path.suffix} file ({error})"
-        raise UserError(f"{path}: cannot be read: {reason}") from None
+        if error.strerror is None:  # bz2's way to say it
+            raise UserError(f"{path}: damaged or not a {path.suffix} file ({error})") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _parquet_rows(source: Source, text_field: str, advance: Progress) -> Iterator[str | None]:
