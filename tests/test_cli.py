@@ -137,9 +137,10 @@ def test_settings_of_a_recipe_are_listed_as_set_takes_them(capsys):
     assert "optim.lr=0.004" in capsys.readouterr().out.splitlines()
 
 
-def test_help_imports_no_torch():
-    """The command answers at once: nothing heavy is imported before a command runs. torch comes with the package."""
-    code = "import sys; from largebatch.cli import build_parser; build_parser(); print([m for m in ('tokenizers', 'rich', 'matplotlib', 'transformers') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+def test_the_parser_imports_nothing_heavy():
+    """`largebatch --help` answers at once: what a command needs is imported when it runs."""
+    heavy = ("tokenizers", "rich", "matplotlib", "transformers")
+    found = f"print(set({heavy}) & set(sys.modules))"
+    code = f"import sys; from largebatch.cli import build_parser; build_parser(); {found}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
