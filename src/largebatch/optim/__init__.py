@@ -1,7 +1,7 @@
 """Layerwise adaptive optimizers."""
 
 from .groups import param_groups
-from .lamb import LAMB
+from .lamb import LAMB, NLAMB, NNLAMB
 from .lars import LARS
 
-__all__ = ["LAMB", "LARS", "param_groups"]
+__all__ = ["LAMB", "LARS", "NLAMB", "NNLAMB", "param_groups"]

@@ -7,59 +7,78 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, norms
+from . import backends, norms, precision
 from .backends import Layer
+from .checks import check, check_common
 
 
 class LayerwiseOptimizer(Optimizer):
-    """x ← x − η · φ(‖x‖)/‖u‖ · u for each layer x, where the subclass says what the update direction u is.
+    """x ← x − η · φ(‖x‖)/‖u‖ · u for every layer x, where the subclass says what the update direction u is.
 
-    "Layer" is one parameter tensor, as in the authors' code. A layer whose ‖x‖ or ‖u‖ is zero takes the plain step
+    A layer is one parameter tensor, as in the authors' code. A layer whose ‖x‖ or ‖u‖ is zero takes the plain step
     η·u, and so does every layer of a group with ``adapt=False``.
+
+    A gradient that holds inf or NaN does to its layer what it does in `torch.optim`: it poisons the state and the
+    weights. It never reaches another layer, it shows in `trust_ratios()` as a ratio that is not finite, then or at the
+    next step, and finite gradients never make one. To skip such steps is for the gradient scaler or the training loop.
     """
 
-    rule: ClassVar[str]  # the functions by which the backends move this optimizer's layers
-    state_keys: ClassVar[tuple[str, ...]]  # the tensors shaped like the parameter
-    counts_steps: ClassVar[bool] = True
+    rule: str  # names the functions by which a backend moves this optimizer's layers
+    state_keys: ClassVar[tuple[str, ...]]  # the state tensors that are shaped like the parameter
+    counts_steps: ClassVar[bool]
+    settings: ClassVar[tuple[str, ...]] = ("norm", "asked_backend", "state_dtype", "master_weights")
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, norm: str, backend: str) -> None:
-        if norm not in norms.ORDERS:
-            raise ValueError(f"norm={norm!r}: expected one of {', '.join(map(repr, norms.ORDERS))}")
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        norm: str,
+        backend: str,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+    ) -> None:
+        check("norm", norm, norm in norms.ORDERS, f"one of {', '.join(map(repr, norms.ORDERS))}")
+        narrow = precision.STATE_DTYPES
+        check("state_dtype", state_dtype, state_dtype in narrow, f"one of {', '.join(map(str, narrow))}")
         self.norm = norm
-        self._asked_backend = backend
+        self.asked_backend = backend
+        self.state_dtype = state_dtype
+        self.master_weights = master_weights
         self._ratios: dict[str | int, Tensor] = {}
         super().__init__(params, defaults)
 
-    # -- the step --
+    # ---- the step ----
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Move every layer that has a gradient, and return what ``closure``, if given, returned."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient; return what ``closure``, if one is given to compute them, does."""
+        if self.counts_steps:
+            self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._ratios = {}
         for layers in self._layers_by_device():
-            partials, memory = self._backend.direction(self.rule, layers, self.norm)
-            x_norms, u_norms = norms.combine(partials, [layer.x for layer in layers], self.norm)
+            local, memory = self._backend.direction(self.rule, layers, self.norm)
+            x_norms, u_norms = norms.combine(local, [layer.x for layer in layers], self.norm).unbind()
             ratios = self._trust_ratios(x_norms, u_norms, layers)
             self._backend.apply(self.rule, layers, ratios, memory)
             self._ratios.update(zip((layer.name for layer in layers), ratios.unbind(), strict=True))
+        if self.master_weights:
+            self._round_masters()
         return loss
 
     def _trust_ratios(self, x_norms: Tensor, u_norms: Tensor, layers: list[Layer]) -> Tensor:
-        """Return the factor of every layer's step, [L]; neighbours of one group are reckoned together."""
+        """Return what multiplies each layer's learning rate, [L], from the norms of the layers, [L] each."""
         ratios, start = [], 0
-        for stop in range(1, len(layers) + 1):
-            group = layers[start].group
-            if stop < len(layers) and layers[stop].group is group:
-                continue
-            span = slice(start, stop)
-            adapts = group["adapt"]
-            ratios.append(
-                self._trust_ratio(x_norms[span], u_norms[span], group) if adapts else torch.ones_like(x_norms[span])
-            )
+        while start < len(layers):  # a group's layers are neighbours; they share φ and are reckoned together
+            group, stop = layers[start].group, start
+            while stop < len(layers) and layers[stop].group is group:
+                stop += 1
+            x_norm, u_norm = x_norms[start:stop], u_norms[start:stop]
+            ratios.append(self._trust_ratio(x_norm, u_norm, group) if group["adapt"] else torch.ones_like(x_norm))
             start = stop
         return torch.cat(ratios)
 
@@ -67,108 +86,143 @@ class LayerwiseOptimizer(Optimizer):
         return norms.trust_ratio(x_norm, u_norm, group["phi"])
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
-        """Return the trust ratio of every layer that the last step moved.
+        """Return the trust ratio of every layer that the last step moved; no part of the state dict.
 
-        The keys are the parameters' names where the optimizer was given names (by `param_groups`, or named
-        parameters), otherwise their positions in the order of the groups. The values are 0-D tensors on the layer's
-        device: reading them is up to you, and nothing here waits for the device. A layer that does not adapt has 1.
-        Empty before the first step; no part of the state dict.
+        The keys are the parameters' names if the optimizer was given names (by `param_groups`, or as named
+        parameters), else their positions in the order of the groups. The values are 0-D tensors on the layer's device:
+        nothing here waits for it. A layer that does not adapt has 1. Empty before the first step.
         """
         return dict(self._ratios)
 
     @property
     def backend(self) -> str:
-        """Name the code that moves the layers, of which ``backend="auto"`` left the choice to the optimizer."""
+        """Name the code that moves the layers, which ``backend="auto"`` leaves the optimizer to choose."""
         return self._backend.name
 
-    # -- what a step works on --
+    # ---- what a step works on ----
 
     def _layers_by_device(self) -> Iterator[list[Layer]]:
-        """Gather the parameters that have a gradient, with their state advanced to the step that is being taken."""
-        by_device: dict[torch.device, list[tuple[str | int, Tensor, dict[str, Any]]]] = {}
-        position = 0
+        """Gather the parameters that have a gradient, their step counted, device by device."""
+        by_device: dict[torch.device, list[Layer]] = {}
+        first = 0
         for group in self.param_groups:
-            known = group.get("param_names", range(position, position + len(group["params"])))
-            position += len(group["params"])
-            for name, x in zip(known, group["params"], strict=True):
-                if x.grad is not None:
-                    by_device.setdefault(x.device, []).append((name, x, group))
-        for found in by_device.values():
-            states = [self._state(x, group) for _, x, group in found]
-            times = self._advance(states, [group for *_, group in found])
-            made: dict[tuple[int, Any], Any] = {}
-            layers = []
-            for (name, x, group), state, t in zip(found, states, times, strict=True):
-                key = (id(group), t)
-                if key not in made:
-                    made[key] = self._hyper(group, t)
-                assert x.grad is not None
-                layers.append(Layer(name, x, x.grad, state, made[key], group))
-            yield layers
+            self._init_group(group)
+            positions = range(first, first + len(group["params"]))
+            names = group.get("param_names", positions)
+            found = [(*item, self.state[item[2]]) for item in zip(names, positions, group["params"], strict=True)]
+            found = [item for item in found if item[2].grad is not None]
+            hypers = self._hypers(group, [state for *_, state in found])
+            for (name, position, x, state), hyper in zip(found, hypers, strict=True):
+                tensors = {key: state[key] for key in self.state_keys}
+                layer = Layer(name, position, state.get("master_param", x), x.grad, tensors, hyper, group)
+                by_device.setdefault(x.device, []).append(layer)
+            first = positions.stop
+        yield from by_device.values()
 
-    def _advance(self, states: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[Any]:
-        """Count the step in every state, and return the counts t as floats (as tensors where capture asks for it)."""
+    def _hypers(self, group: dict[str, Any], states: list[dict[str, Any]]) -> list[Any]:
+        """Count the step in every state, and return the rule's numbers for it."""
+        if not states:
+            return []
         if not self.counts_steps:
-            return [None] * len(states)
+            return [self._hyper(group, None)] * len(states)
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
-        on_device = torch.compiler.is_compiling() or any(group["capturable"] for group in groups)
-        return steps if on_device else torch.stack(steps).tolist()
-
-    def _state(self, x: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """Return a parameter's state, made on first use."""
-        if x.grad is not None and x.grad.is_sparse:
-            raise ValueError(f"{type(self).__name__} does not take sparse gradients; make the embedding sparse=False")
-        state: dict[str, Any] = self.state[x]
-        if self.counts_steps and "step" not in state:
-            device = x.device if group["capturable"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        for key in self.state_keys:
-            if key not in state:
-                dtype = self._state_dtype(x)
-                state[key] = torch.zeros_like(x, dtype=dtype, memory_format=torch.preserve_format)
-        return state
-
-    def _state_dtype(self, x: Tensor) -> torch.dtype:
-        return backends.compute_dtype(x)
+        if group["capturable"] or torch.compiler.is_compiling():
+            return [self._hyper(group, step.to(norms.total_dtype(step.device))) for step in steps]
+        times = torch.stack(steps).tolist()  # on the host, where torch keeps them: waits for no device
+        distinct = {t: self._hyper(group, t) for t in set(times)}
+        return [distinct[t] for t in times]
 
     def _hyper(self, group: dict[str, Any], t: Any) -> Any:
-        """Return the rule's numbers for a layer of ``group`` at its t-th step."""
+        """Return the rule's numbers for the t-th step of a layer of ``group``."""
         raise NotImplementedError
 
-    # -- construction --
+    def _init_group(self, group: dict[str, Any]) -> None:
+        """Make what is missing of the state of the parameters that have a gradient.
+
+        Under this name `torch.compile` calls it instead of tracing it, as it does for torch's own optimizers.
+        """
+        for x in group["params"]:
+            if x.grad is None:
+                continue
+            if x.grad.is_sparse:
+                raise ValueError(f"{type(self).__name__} does not take sparse gradients: make the embedding dense")
+            state = self.state[x]
+            if self.counts_steps and "step" not in state:
+                device = x.device if group["capturable"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for key in self.state_keys:
+                if key not in state:
+                    state[key] = torch.zeros_like(x, dtype=precision.state_dtype(x, self.state_dtype))
+            if self.master_weights and x.dtype.itemsize < 4 and "master_param" not in state:
+                state["master_param"] = x.detach().float()
+
+    def _round_masters(self) -> None:
+        """Copy the float32 masters into the parameters that the model computes with."""
+        for x, state in self.state.items():
+            if "master_param" in state and x.grad is not None:
+                x.copy_(state["master_param"])
+
+    # ---- groups and state dicts ----
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a setting out of range."""
-        raise NotImplementedError
+        check_common(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; see `torch.optim.Optimizer.add_param_group`."""
+        """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does."""
         if isinstance(param_group, dict):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            for x in self.param_groups[-1]["params"]:
+                check("params", x.dtype, not x.is_complex(), "real parameters; complex ones are not supported")
+                check("params", type(x).__name__, not norms.is_sharded(x), "tensors that one process holds whole")
+            self._choose_backend()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _choose_backend(self) -> None:
         params = [x for group in self.param_groups for x in group["params"]]
-        for x in params:
-            if x.is_complex():
-                raise ValueError(f"params: {type(self).__name__} does not take complex parameters, got {x.dtype}")
-        self._backend = backends.choose(self._asked_backend, self.rule, params)
+        self._backend = backends.choose(self.asked_backend, self.rule, params)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: getattr(self, name) for name in self.settings}
 
-def check(name: str, value: Any, accepted: bool, expected: str) -> None:
-    """Raise ValueError naming the argument, its value and what is accepted, unless ``accepted``."""
-    if not accepted:
-        raise ValueError(f"{name}={value!r}: expected {expected}")
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state dict of an older version, or of another optimizer
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._ratios = {}
+        self._choose_backend()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, or of a torch optimizer with the same state keys.
 
-def check_common(group: dict[str, Any]) -> None:
-    """Check the settings that every layerwise optimizer has."""
-    lr, phi = group["lr"], group["phi"]
-    if isinstance(lr, Tensor):
-        check("lr", lr, lr.numel() == 1, "a number >= 0 or a tensor of one element")
-    else:
-        check("lr", lr, lr >= 0, "a number >= 0")
-    check("weight_decay", group["weight_decay"], group["weight_decay"] >= 0, "a number >= 0")
-    check("eps", group["eps"], group["eps"] >= 0, "a number >= 0")
-    if phi is not None and not callable(phi):
-        pair = isinstance(phi, (tuple, list)) and len(phi) == 2 and 0 <= phi[0] <= phi[1]
-        check("phi", phi, pair, "None, a pair (low, high) with 0 <= low <= high, or a callable")
+        The tensors keep the dtype that this optimizer gives its state, where torch would round them to the
+        parameter's.
+
+        Raises:
+            ValueError: groups that do not match, or moments without their step count.
+        """
+        as_loaded: dict[str, Any] = {}
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: as_loaded.update(loaded))  # after the user's
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        ids = [number for group in as_loaded["param_groups"] for number in group["params"]]
+        capturable = [group["capturable"] for group in self.param_groups for _ in group["params"]]
+        params = [x for group in self.param_groups for x in group["params"]]
+        for number, x, on_device in zip(ids, params, capturable, strict=True):
+            loaded, state = as_loaded["state"].get(number, {}), self.state.get(x, {})
+            for key in (*self.state_keys, "master_param"):
+                if key in loaded:
+                    dtype = torch.float32 if key == "master_param" else precision.state_dtype(x, self.state_dtype)
+                    state[key] = loaded[key].detach().to(x.device, dtype, copy=True)
+            if self.counts_steps and state:
+                check("state_dict", sorted(map(str, state)), "step" in state, "a step count beside every state")
+                device = x.device if on_device else "cpu"
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device).clone()

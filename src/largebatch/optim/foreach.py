@@ -1,143 +1,125 @@
 """The backend in plain torch: lists of tiles through `torch._foreach_*`, with bounded temporaries.
 
-A layer is cut into tiles, tiles are gathered into buckets, and a bucket goes through the whole of the mathematics
-while it is in cache. u is never kept: it is a function of x, g and the state, none of which change between the two
-passes, so `apply` forms it anew. That costs arithmetic and saves a buffer of the size of the model.
+The layers are cut into tiles, the tiles are gathered into buckets, and each bucket goes through a pass of the
+mathematics at once: on the CPU while it is in cache, on an accelerator in a few launches for many layers. u is not kept
+between the two passes. It is a function of x, g and the state, which stay as they are until `apply` moves x, so
+`apply` forms it anew: more arithmetic, but no temporary of the size of the model. The rules are those of
+`reference`, function for function.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import norms
-from .backends import Layer, compute_dtype
+from .backends import Layer
+from .precision import compute_dtype, store
 
-# Elements in a bucket, of which there are two temporaries.
-BUCKET = {"cpu": 1 << 16}
-LARGE_BUCKET = 1 << 25
+Tensors = list[Tensor]
+
+# Elements in a bucket, of which up to five float32 temporaries are alive. On the CPU they stay in the level-2 cache.
+CPU_BUCKET = 1 << 16
+BUCKET = 1 << 25
 
 
 class Bucket(NamedTuple):
-    """Tiles of layers that share their numbers, in parallel lists."""
+    """Tiles of layers that share their numbers and dtypes, in parallel lists."""
 
-    owner: list[int]  # which layer each tile belongs to
-    x: list[Tensor]
-    g: list[Tensor]
-    state: dict[str, list[Tensor]]
+    owners: list[int]  # the layer that each tile is of
+    starts: list[int]  # where in the layer it starts
+    x: Tensors
+    g: Tensors
+    state: dict[str, Tensors]
     hyper: Any
 
 
-def buckets(layers: Sequence[Layer]) -> Iterator[Bucket]:
-    """Cut the layers into tiles and gather them into buckets of bounded size."""
-    size = BUCKET.get(layers[0].x.device.type, LARGE_BUCKET)
-    if torch.compiler.is_compiling():
-        size = 1 << 62  # the compiler does the tiling
-    bucket: Bucket | None = None
-    filled = 0
-    previous: Layer | None = None
-    for index, layer in enumerate(layers):
-        state = {key: value for key, value in layer.state.items() if key != "step"}
-        dtypes_change = previous is not None and (layer.x.dtype, layer.g.dtype) != (previous.x.dtype, previous.g.dtype)
-        rows = zip(*(tile(a, size) for a in aligned([layer.x, layer.g, *state.values()])), strict=True)
-        for x, g, *values in rows:
-            if bucket is None or filled + x.numel() > size or bucket.hyper is not layer.hyper or dtypes_change:
-                if bucket is not None:
-                    yield bucket
-                bucket = Bucket([], [], [], {key: [] for key in state}, layer.hyper)
-                filled, dtypes_change = 0, False
-            bucket.owner.append(index)
-            bucket.x.append(x)
-            bucket.g.append(g)
-            for key, value in zip(state, values, strict=True):
-                bucket.state[key].append(value)
-            filled += x.numel()
-        previous = layer
-    if bucket is not None:
-        yield bucket
+# ---- the rules ----
 
 
-def aligned(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors as vectors where all lie in memory in the same order without holes, else as they are."""
-    x = tensors[0]
-    if all(a.is_contiguous() for a in tensors):
-        return [a.view(-1) for a in tensors]
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    permuted = [a.permute(order) for a in tensors]
-    if all(a.is_contiguous() for a in permuted):
-        return [a.view(-1) for a in permuted]
-    return tensors
-
-
-def tile(a: Tensor, size: int) -> Sequence[Tensor]:
-    return a.split(size) if a.dim() == 1 else [a]
-
-
-def scratch(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Make room for one temporary shaped like each of ``tensors``, in one allocation."""
-    flat = torch.empty(sum(a.numel() for a in tensors), dtype=dtype, device=tensors[0].device)
-    return [part.view(a.shape) for part, a in zip(flat.split([a.numel() for a in tensors]), tensors, strict=True)]
-
-
-def gradient(bucket: Bucket) -> list[Tensor]:
-    """Return the gradient to descend, in the dtype of the computation."""
-    dtype = compute_dtype(bucket.x[0])
-    if not bucket.hyper.maximize and bucket.g[0].dtype == dtype:
-        return bucket.g
-    g = scratch(bucket.g, dtype)
-    torch._foreach_copy_(g, bucket.g)
-    if bucket.hyper.maximize:
-        torch._foreach_neg_(g)
-    return g
-
-
-def lamb_moments(g: list[Tensor], state: dict[str, list[Tensor]], h: Any) -> None:
+def lamb_state(x: Tensors, g: Tensors, state: dict[str, Tensors], h: Any) -> None:
     m, v = state["exp_avg"], state["exp_avg_sq"]
     torch._foreach_lerp_(m, g, 1 - h.beta1)  # m_t
     torch._foreach_mul_(v, h.beta2)
     torch._foreach_addcmul_(v, g, g, 1 - h.beta2)  # v_t
 
 
-def lamb_direction(x: list[Tensor], g: list[Tensor], state: dict[str, list[Tensor]], h: Any) -> list[Tensor]:
-    u, denominator = scratch(x, g[0].dtype), scratch(x, g[0].dtype)
-    torch._foreach_copy_(denominator, state["exp_avg_sq"])
-    torch._foreach_mul_(denominator, h.v_scale)
+def lamb_direction(x: Tensors, g: Tensors, state: dict[str, Tensors], h: Any) -> tuple[Tensors, Tensors]:
+    denominator = scaled_copy(state["exp_avg_sq"], h.v_scale)
+    add_scaled_(denominator, g, h.g_sq_scale, squared=True)  # v̂_t
     torch._foreach_sqrt_(denominator)
-    torch._foreach_add_(denominator, h.eps)  # √v̂ + ε
-    torch._foreach_copy_(u, state["exp_avg"])
-    torch._foreach_mul_(u, h.m_scale)  # m̂
+    torch._foreach_add_(denominator, h.eps)
+    u = scaled_copy(state["exp_avg"], h.m_scale)
+    add_scaled_(u, g, h.g_scale)  # m̂_t
     torch._foreach_div_(u, denominator)  # r_t
-    torch._foreach_add_(u, x, alpha=h.weight_decay)
-    return u
+    add_scaled_(u, x, h.weight_decay)  # r_t + λ x_t
+    return u, u
 
 
-def lars_momentum(x: list[Tensor], g: list[Tensor], state: dict[str, list[Tensor]], h: Any) -> None:
+def lars_state(x: Tensors, g: Tensors, state: dict[str, Tensors], h: Any) -> None:
     m = state["momentum_buffer"]
     torch._foreach_mul_(m, h.momentum)
-    torch._foreach_add_(m, g, alpha=1 - h.momentum)
-    torch._foreach_add_(m, x, alpha=(1 - h.momentum) * h.weight_decay)  # m_t
+    add_scaled_(m, g, 1 - h.momentum)
+    add_scaled_(m, x, (1 - h.momentum) * h.weight_decay)  # m_t
 
 
-def lars_direction(x: list[Tensor], g: list[Tensor], state: dict[str, list[Tensor]], h: Any) -> list[Tensor]:
-    u = scratch(x, g[0].dtype)
-    torch._foreach_copy_(u, state["momentum_buffer"])
+def lars_direction(x: Tensors, g: Tensors, state: dict[str, Tensors], h: Any) -> tuple[Tensors, Tensors]:
+    u = scaled_copy(state["momentum_buffer"], h.momentum if h.nesterov else 1.0)
     if h.nesterov:
-        torch._foreach_mul_(u, h.momentum)
-        torch._foreach_add_(u, g, alpha=1 - h.momentum)
-        torch._foreach_add_(u, x, alpha=(1 - h.momentum) * h.weight_decay)
-    return u
+        add_scaled_(u, g, 1 - h.momentum)
+        add_scaled_(u, x, (1 - h.momentum) * h.weight_decay)
+    return u, u
 
 
-def lars2017_direction(x: list[Tensor], g: list[Tensor], h: Any) -> list[Tensor]:
-    u = scratch(x, g[0].dtype)
-    torch._foreach_copy_(u, g)
-    torch._foreach_add_(u, x, alpha=h.weight_decay)
-    return u
+def lars2017_state(x: Tensors, g: Tensors, state: dict[str, Tensors], h: Any) -> None:
+    """Leave it: the momentum waits for the ratio."""
+
+
+def lars2017_direction(x: Tensors, g: Tensors, state: dict[str, Tensors], h: Any) -> tuple[Tensors, Tensors]:
+    u = scaled_copy(g, 1.0)
+    add_scaled_(u, x, h.weight_decay)
+    return u, g
+
+
+def descend(x: Tensors, u: Tensors, ratios: Tensors, state: dict[str, Tensors], h: Any) -> None:
+    torch._foreach_mul_(u, ratios)
+    add_scaled_(x, u, -h.rate)
+
+
+def lamb_descend(x: Tensors, u: Tensors, ratios: Tensors, state: dict[str, Tensors], h: Any) -> None:
+    if isinstance(h.keep, Tensor) or h.keep != 1:
+        torch._foreach_mul_(x, h.keep)
+    descend(x, u, ratios, state, h)
+
+
+def lars2017_descend(x: Tensors, u: Tensors, ratios: Tensors, state: dict[str, Tensors], h: Any) -> None:
+    b = state["momentum_buffer"]
+    torch._foreach_mul_(u, ratios)
+    torch._foreach_mul_(b, h.momentum)
+    torch._foreach_add_(b, u)  # b_t
+    if h.nesterov:
+        add_scaled_(u, b, h.momentum)
+    add_scaled_(x, u if h.nesterov else b, -h.rate)
+
+
+class Rule(NamedTuple):
+    """What a rule does to the tiles of a bucket: as `reference.Rule`, but x and the state change in place."""
+
+    state: Callable[[Tensors, Tensors, dict[str, Tensors], Any], None]
+    direction: Callable[[Tensors, Tensors, dict[str, Tensors], Any], tuple[Tensors, Tensors]]
+    descend: Callable[[Tensors, Tensors, Tensors, dict[str, Tensors], Any], None]
+
+
+RULES = {
+    "lamb": Rule(lamb_state, lamb_direction, lamb_descend),
+    "lars": Rule(lars_state, lars_direction, descend),
+    "lars2017": Rule(lars2017_state, lars2017_direction, lars2017_descend),
+}
 
 
 class Foreach:
-    """The backend of tiles and `torch._foreach_*`."""
+    """The backend that applies the functions above to one bucket after another."""
 
     name = "foreach"
 
@@ -145,58 +127,121 @@ class Foreach:
         return None
 
     def direction(self, rule: str, layers: Sequence[Layer], norm: str) -> tuple[Tensor, None]:
-        x_pieces: list[list[Tensor]] = [[] for _ in layers]
-        u_pieces: list[list[Tensor]] = [[] for _ in layers]
+        owners: list[int] = []
+        measured: list[Tensors] = [[], []]
         for bucket in buckets(layers):
-            g = gradient(bucket)
-            if rule == "lamb":
-                lamb_moments(g, bucket.state, bucket.hyper)
-                u = lamb_direction(bucket.x, g, bucket.state, bucket.hyper)
-            elif rule == "lars":
-                lars_momentum(bucket.x, g, bucket.state, bucket.hyper)
-                u = lars_direction(bucket.x, g, bucket.state, bucket.hyper)
-            else:
-                u = g
-            for owner, x_tile, u_tile in zip(bucket.owner, bucket.x, u, strict=True):
-                x_pieces[owner].append(norms.partial(x_tile, norm))
-                u_pieces[owner].append(norms.partial(u_tile, norm))
-        return torch.stack([total(x_pieces, norm), total(u_pieces, norm)]), None
+            x, g, h = bucket.x, descended(bucket), bucket.hyper
+            state = {key: in_dtype(values, g[0].dtype) for key, values in bucket.state.items()}
+            RULES[rule].state(x, g, state, h)
+            write(bucket, state, layers)
+            _, normaliser = RULES[rule].direction(x, g, state, h)
+            owners += bucket.owners
+            measured[0] += norms.measure(x, norm)
+            measured[1] += norms.measure(normaliser, norm)
+        return torch.stack([norms.join(pieces, owners, norm) for pieces in measured]), None
 
     def apply(self, rule: str, layers: Sequence[Layer], ratio: Tensor, memory: None) -> None:
-        ratios = ratio.to(compute_dtype(layers[0].x)).unbind()
+        of_layer = ratio.unbind()
         for bucket in buckets(layers):
-            g, h = gradient(bucket), bucket.hyper
-            # A tensor as `alpha` would be read by the host, so a tensor learning rate goes through the ratio.
-            mine = [ratios[owner] for owner in bucket.owner]
-            rate = 1.0 if isinstance(h.lr, Tensor) else h.lr
-            if isinstance(h.lr, Tensor) and rule != "lars2017":
-                mine = [r * h.lr.to(r.dtype) for r in mine]
-            if rule == "lars2017":
-                b = bucket.state["momentum_buffer"]
-                u = lars2017_direction(bucket.x, g, h)
-                torch._foreach_mul_(u, mine)
-                torch._foreach_mul_(b, h.momentum)
-                torch._foreach_add_(b, u)
-                if h.nesterov:
-                    torch._foreach_add_(u, b, alpha=h.momentum)
-                else:
-                    u = b
-                if isinstance(h.lr, Tensor):
-                    u = list(torch._foreach_mul(u, h.lr.to(u[0].dtype)))
-                torch._foreach_add_(bucket.x, u, alpha=-rate)
-                continue
-            if rule == "lamb":
-                u = lamb_direction(bucket.x, g, bucket.state, h)
-            else:
-                u = lars_direction(bucket.x, g, bucket.state, h)
-            torch._foreach_mul_(u, mine)
-            torch._foreach_add_(bucket.x, u, alpha=-rate)
-
-
-def total(pieces: list[list[Tensor]], norm: str) -> Tensor:
-    """Sum (or take the maximum of) each layer's pieces."""
-    joined = [torch.stack(own) for own in pieces]
-    return torch.stack([own.amax() if norm == "linf" else own.sum() for own in joined])
+            x, g, h = bucket.x, descended(bucket), bucket.hyper
+            state = {key: in_dtype(values, g[0].dtype) for key, values in bucket.state.items()}
+            u, _ = RULES[rule].direction(x, g, state, h)
+            RULES[rule].descend(x, u, [of_layer[owner] for owner in bucket.owners], state, h)
 
 
 BACKEND = Foreach()
+
+
+# ---- tiles and buckets ----
+
+
+def buckets(layers: Sequence[Layer]) -> Iterator[Bucket]:
+    """Cut the layers into tiles and gather neighbours that share numbers and dtypes into buckets of bounded size."""
+    size = CPU_BUCKET if layers[0].x.device.type == "cpu" else BUCKET
+    if torch.compiler.is_compiling():
+        size = 1 << 62  # the compiler does its own tiling
+    bucket, kind, room = None, None, 0
+    for owner, layer in enumerate(layers):
+        keys = list(layer.state)
+        start = 0
+        for x, g, *state in tiles([layer.x, layer.g, *layer.state.values()], size):
+            layer_kind = (id(layer.hyper), x.dtype, g.dtype, *(value.dtype for value in state))
+            if bucket is None or layer_kind != kind or room < x.numel():
+                if bucket is not None:
+                    yield bucket
+                bucket = Bucket([], [], [], [], {key: [] for key in keys}, layer.hyper)
+                kind, room = layer_kind, size
+            bucket.owners.append(owner)
+            bucket.starts.append(start)
+            bucket.x.append(x)
+            bucket.g.append(g)
+            for key, value in zip(keys, state, strict=True):
+                bucket.state[key].append(value)
+            start += x.numel()
+            room -= x.numel()
+    if bucket is not None:
+        yield bucket
+
+
+def tiles(tensors: Tensors, size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into vectors of at most ``size`` elements, all in the order of the first one's memory.
+
+    Tensors that do not lie in memory in one order without holes cannot be viewed as vectors, and stay whole.
+    """
+    order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
+    permuted = [a.permute(order) for a in tensors]
+    for views in (tensors, permuted):
+        if all(a.is_contiguous() for a in views):
+            return zip(*(torch.split(a.view(-1), size) for a in views), strict=True)
+    return iter([tuple(tensors)])
+
+
+# ---- lists in the dtype of the mathematics ----
+
+
+def descended(bucket: Bucket) -> Tensors:
+    """Return the gradient to descend, in the dtype of the mathematics."""
+    g = in_dtype(bucket.g, compute_dtype(bucket.x[0]))
+    return list(torch._foreach_neg(g)) if bucket.hyper.maximize else g
+
+
+def in_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """Return the tensors themselves if they have this dtype, else copies that do."""
+    return tensors if tensors[0].dtype is dtype else [a.to(dtype) for a in tensors]
+
+
+def write(bucket: Bucket, state: dict[str, Tensors], layers: Sequence[Layer]) -> None:
+    """Put the state back into the tensors it was copied from, and read what became of it there."""
+    for salt, (key, values) in enumerate(state.items()):
+        targets = bucket.state[key]
+        if values is targets:
+            continue
+        for target, value, owner, start in zip(targets, values, bucket.owners, bucket.starts, strict=True):
+            store(target, value, bucket.hyper, layers[owner].position, salt, start)
+            value.copy_(target)
+
+
+def scaled_copy(tensors: Tensors, scale: float | Tensor) -> Tensors:
+    """Return scale · tensors, a new list in one allocation."""
+    sizes = [a.numel() for a in tensors]
+    room = torch.empty(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
+    copies = [part.view(a.shape) for part, a in zip(torch.split(room, sizes), tensors, strict=True)]
+    torch._foreach_copy_(copies, tensors)
+    if isinstance(scale, Tensor) or scale != 1:
+        torch._foreach_mul_(copies, scale)
+    return copies
+
+
+def add_scaled_(tensors: Tensors, others: Tensors, scale: float | Tensor, squared: bool = False) -> None:
+    """Add scale · others (or others²) to the tensors; nothing at all for a zero scale."""
+    if isinstance(scale, Tensor):  # which foreach would read on the host to use as `alpha`
+        others = scaled_copy(others, 1.0)
+        torch._foreach_mul_(others, others if squared else scale)
+        if squared:
+            torch._foreach_mul_(others, scale)
+        torch._foreach_add_(tensors, others)
+    elif scale != 0:
+        if squared:
+            torch._foreach_addcmul_(tensors, others, others, scale)
+        else:
+            torch._foreach_add_(tensors, others, alpha=scale)

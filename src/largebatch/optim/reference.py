@@ -1,63 +1,93 @@
 """The executable specification: one layer at a time, the paper's symbols, nothing clever.
 
-Each rule is one or two free functions, tensors in and tensors out. Every other backend must equal this one.
+A rule is three free functions, tensors in and tensors out: how the state advances, which direction u it points in, and
+how x descends along u. ``h`` holds the rule's numbers, `lamb.Hyper` or `lars.Hyper`. Every other backend must equal
+this one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import norms
-from .backends import Layer, compute_dtype
+from .backends import Layer
+from .precision import compute_dtype, store
 
 State = dict[str, Tensor]
 
 
-def lamb(x: Tensor, g: Tensor, state: State, h: Any) -> tuple[Tensor, Tensor, State]:
-    """Algorithm 2: u = m̂ / (√v̂ + ε) + λx, which is also what is normalised; the new moments."""
-    m = h.beta1 * state["exp_avg"] + (1 - h.beta1) * g  # m_t = β₁ m_{t−1} + (1−β₁) g_t
-    v = h.beta2 * state["exp_avg_sq"] + (1 - h.beta2) * g * g  # v_t = β₂ v_{t−1} + (1−β₂) g_t²
-    m_hat = h.m_scale * m + h.g_scale * g
-    v_hat = h.v_scale * v + h.g_sq_scale * g * g
-    r = m_hat / (v_hat.sqrt() + h.eps)  # r_t
-    u = r + h.weight_decay * x
-    return u, u, {"exp_avg": m, "exp_avg_sq": v}
+def lamb_state(x: Tensor, g: Tensor, state: State, h: Any) -> State:
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    m = h.beta1 * m + (1 - h.beta1) * g  # m_t = β₁ m_{t−1} + (1 − β₁) g_t
+    v = h.beta2 * v + (1 - h.beta2) * g**2  # v_t = β₂ v_{t−1} + (1 − β₂) g_t²
+    return {"exp_avg": m, "exp_avg_sq": v}
 
 
-def lars(x: Tensor, g: Tensor, state: State, h: Any) -> tuple[Tensor, Tensor, State]:
-    """Algorithm 1: u = m_t, the momentum of g + λx, which is also what is normalised."""
-    d = g + h.weight_decay * x
-    m = h.momentum * state["momentum_buffer"] + (1 - h.momentum) * d  # m_t = β m_{t−1} + (1−β)(g_t + λx_t)
-    u = h.momentum * m + (1 - h.momentum) * d if h.nesterov else m
-    return u, u, {"momentum_buffer": m}
+def lamb_direction(x: Tensor, g: Tensor, state: State, h: Any) -> tuple[Tensor, Tensor]:
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    m_hat = h.m_scale * m + h.g_scale * g  # m̂_t = m_t / (1 − β₁ᵗ), and more of g_t in N-LAMB
+    v_hat = h.v_scale * v + h.g_sq_scale * g**2  # v̂_t = v_t / (1 − β₂ᵗ), and more of g_t² in NN-LAMB
+    r = m_hat / (v_hat.sqrt() + h.eps)  # r_t = m̂_t / (√v̂_t + ε)
+    u = r + h.weight_decay * x  # r_t + λ x_t
+    return u, u
 
 
-def lars2017(x: Tensor, g: Tensor, state: State, h: Any) -> tuple[Tensor, Tensor, State]:
-    """The form of 2017: u = g + λx, while it is ‖g‖ that enters the ratio; momentum comes after the ratio."""
-    return g + h.weight_decay * x, g, state
+def lars_state(x: Tensor, g: Tensor, state: State, h: Any) -> State:
+    m = state["momentum_buffer"]
+    m = h.momentum * m + (1 - h.momentum) * (g + h.weight_decay * x)  # m_t = β m_{t−1} + (1 − β)(g_t + λ x_t)
+    return {"momentum_buffer": m}
+
+
+def lars_direction(x: Tensor, g: Tensor, state: State, h: Any) -> tuple[Tensor, Tensor]:
+    m = state["momentum_buffer"]
+    u = h.momentum * m + (1 - h.momentum) * (g + h.weight_decay * x) if h.nesterov else m
+    return u, u
+
+
+def lars2017_state(x: Tensor, g: Tensor, state: State, h: Any) -> State:
+    return state  # the momentum waits for the ratio
+
+
+def lars2017_direction(x: Tensor, g: Tensor, state: State, h: Any) -> tuple[Tensor, Tensor]:
+    u = g + h.weight_decay * x
+    return u, g  # ‖g‖ is what enters the ratio
 
 
 def descend(x: Tensor, u: Tensor, ratio: Tensor, state: State, h: Any) -> tuple[Tensor, State]:
-    """x_{t+1} = x_t − η · ratio · u"""
-    return x - h.lr * ratio * u, state
+    x = x - h.rate * ratio * u  # x_{t+1} = x_t − η_t φ(‖x_t‖)/‖u_t‖ · u_t
+    return x, state
 
 
-def descend_by_momentum(x: Tensor, u: Tensor, ratio: Tensor, state: State, h: Any) -> tuple[Tensor, State]:
-    """Momentum after the ratio: b_t = μ b_{t−1} + ratio · u and x_{t+1} = x_t − η b_t."""
-    scaled = ratio * u
-    b = h.momentum * state["momentum_buffer"] + scaled
-    step = scaled + h.momentum * b if h.nesterov else b
-    return x - h.lr * step, {"momentum_buffer": b}
+def lamb_descend(x: Tensor, u: Tensor, ratio: Tensor, state: State, h: Any) -> tuple[Tensor, State]:
+    return descend(h.keep * x, u, ratio, state, h)  # keep = 1 − η λ if the decay is decoupled, else 1
 
 
-DIRECTION: dict[str, Callable[..., tuple[Tensor, Tensor, State]]] = {"lamb": lamb, "lars": lars, "lars2017": lars2017}
-APPLY = {"lamb": descend, "lars": descend, "lars2017": descend_by_momentum}
+def lars2017_descend(x: Tensor, u: Tensor, ratio: Tensor, state: State, h: Any) -> tuple[Tensor, State]:
+    b = state["momentum_buffer"]
+    b = h.momentum * b + ratio * u  # b_t = β b_{t−1} + r_t (g_t + λ x_t)
+    x = x - h.rate * (ratio * u + h.momentum * b if h.nesterov else b)  # x_{t+1} = x_t − η_t b_t
+    return x, {"momentum_buffer": b}
+
+
+class Rule(NamedTuple):
+    """What a rule does to a layer."""
+
+    state: Callable[[Tensor, Tensor, State, Any], State]
+    direction: Callable[[Tensor, Tensor, State, Any], tuple[Tensor, Tensor]]  # u, and what is measured beside x
+    descend: Callable[[Tensor, Tensor, Tensor, State, Any], tuple[Tensor, State]]
+
+
+RULES = {
+    "lamb": Rule(lamb_state, lamb_direction, lamb_descend),
+    "lars": Rule(lars_state, lars_direction, descend),
+    "lars2017": Rule(lars2017_state, lars2017_direction, lars2017_descend),
+}
 
 
 class Reference:
-    """The backend that moves one layer at a time by the functions above."""
+    """The backend that applies the functions above to one layer after another."""
 
     name = "reference"
 
@@ -65,36 +95,42 @@ class Reference:
         return None
 
     def direction(self, rule: str, layers: Sequence[Layer], norm: str) -> tuple[Tensor, list[Tensor]]:
-        updates, x_norms, u_norms = [], [], []
+        updates: list[Tensor] = []
+        measured: list[list[Tensor]] = [[], []]
         for layer in layers:
-            x, g, state = widen(layer)
-            u, normalised, new_state = DIRECTION[rule](x, g, state, layer.hyper)
-            store(layer, new_state)
+            x, g = widen(layer)
+            write(layer, RULES[rule].state(x, g, read(layer), layer.hyper))
+            u, normaliser = RULES[rule].direction(x, g, read(layer), layer.hyper)
             updates.append(u)
-            x_norms.append(norms.partial(x, norm))
-            u_norms.append(norms.partial(normalised, norm))
-        return torch.stack([torch.stack(x_norms), torch.stack(u_norms)]), updates
+            measured[0] += norms.measure([x], norm)
+            measured[1] += norms.measure([normaliser], norm)
+        owners = range(len(layers))
+        return torch.stack([norms.join(pieces, owners, norm) for pieces in measured]), updates
 
     def apply(self, rule: str, layers: Sequence[Layer], ratio: Tensor, memory: list[Tensor]) -> None:
         for layer, u, r in zip(layers, memory, ratio.unbind(), strict=True):
-            x, _, state = widen(layer)
-            new_x, new_state = APPLY[rule](x, u, r, state, layer.hyper)
-            layer.x.copy_(new_x)
-            store(layer, new_state)
+            x, _ = widen(layer)
+            x, state = RULES[rule].descend(x, u, r, read(layer), layer.hyper)
+            layer.x.copy_(x)
+            write(layer, state)
 
 
-def widen(layer: Layer) -> tuple[Tensor, Tensor, State]:
-    """Return x, the gradient to descend, and the state, in the dtype of the computation."""
+def widen(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Return x and the gradient to descend, in the dtype of the mathematics."""
     dtype = compute_dtype(layer.x)
     g = layer.g.to(dtype)
-    state = {key: value.to(dtype) for key, value in layer.state.items() if key != "step"}
-    return layer.x.to(dtype), -g if layer.hyper.maximize else g, state
+    return layer.x.to(dtype), -g if layer.hyper.maximize else g
 
 
-def store(layer: Layer, state: State) -> None:
-    """Write the new state into the old one's place."""
-    for key, value in state.items():
-        layer.state[key].copy_(value)
+def read(layer: Layer) -> State:
+    """Return the state in the dtype of the mathematics."""
+    return {key: value.to(compute_dtype(layer.x)) for key, value in layer.state.items()}
+
+
+def write(layer: Layer, state: State) -> None:
+    """Put the new state in the old one's place."""
+    for salt, (key, value) in enumerate(state.items()):
+        store(layer.state[key], value, layer.hyper, layer.position, salt)
 
 
 BACKEND = Reference()

@@ -1,0 +1,29 @@
+"""Settings out of range are refused by name, with the value and with what is accepted."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+
+def check(name: str, value: Any, accepted: bool, expected: str) -> None:
+    """Raise ValueError unless ``accepted``."""
+    if not accepted:
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def check_common(group: dict[str, Any]) -> None:
+    """Check the settings that every layerwise optimizer has."""
+    lr, phi = group["lr"], group["phi"]
+    if isinstance(lr, Tensor):  # whose value is on its device, and stays there
+        check("lr", lr, lr.numel() == 1, "a number >= 0, or a tensor of one element")
+    else:
+        check("lr", lr, 0 <= lr < math.inf, "a number >= 0")
+    for name in ("weight_decay", "eps"):
+        check(name, group[name], 0 <= group[name] < math.inf, "a number >= 0")
+    check("phi", phi, phi is None or callable(phi) or is_interval(phi), "None, a pair (low, high), or a callable")
+
+
+def is_interval(pair: Any) -> bool:
+    """Say whether this is a pair of numbers 0 <= low <= high."""
+    return isinstance(pair, tuple | list) and len(pair) == 2 and 0 <= pair[0] <= pair[1]

@@ -1,0 +1,63 @@
+"""States narrower than the mathematics: which dtype a state has, and rounding that does not lose small steps.
+
+An exponential average moves by less than one unit in the last place of bfloat16 (8 bits) at most steps: β₂ = 0.999
+moves v by 0.1% at a time, and rounding to nearest would freeze it. Stochastic rounding goes up or down with the
+probability that keeps the expected value exact. Its noise is a hash of the step, the layer and the element, not a draw
+from torch's generator, so that every backend rounds alike, a resumed run rounds as if it had never stopped, and
+dropout is not disturbed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a layer's mathematics is done: float32, or x's own where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def state_dtype(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a layer's moments: the one asked for, else that of the mathematics."""
+    return asked or compute_dtype(x)
+
+
+def mix(h: Tensor) -> Tensor:
+    """Scramble int32 values in place: every input bit reaches every output bit (C. Wellons' `lowbias32` constants)."""
+    h ^= (h >> 16) & 0xFFFF
+    h *= 0x7FEB352D
+    h ^= (h >> 15) & 0x1FFFF
+    h *= 0x846CA68B - (1 << 32)
+    h ^= (h >> 16) & 0xFFFF
+    return h
+
+
+def seed_of(t: float | Tensor, position: int, salt: int) -> Tensor:
+    """Return the 0-D int32 seed for one state tensor (``salt``) of one layer (``position``) at one step (``t``)."""
+    step = t.detach().clone() if isinstance(t, Tensor) else torch.tensor(t)
+    return mix(mix(step.to(torch.int32)) + (8 * position + salt))
+
+
+def round_stochastically(value: Tensor, seed: Tensor, start: int) -> Tensor:
+    """Return float32 ``value`` with the lower half of its bits rounded off, up or down by chance.
+
+    Args:
+        value: float32; it becomes exactly representable in bfloat16.
+        seed: 0-D int32.
+        start: the position of the first element in its layer, which the noise depends on.
+    """
+    wrapped = (start + (1 << 31)) % (1 << 32) - (1 << 31)
+    index = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
+    noise = mix(index + wrapped + seed) & 0xFFFF
+    rounded = ((value.contiguous().view(torch.int32) + noise) & -0x10000).view(torch.float32)
+    return torch.where(value.isfinite(), rounded, value)
+
+
+def store(target: Tensor, value: Tensor, hyper: Any, position: int, salt: int, start: int = 0) -> None:
+    """Write ``value`` into a state tensor, stochastically rounded if that is bfloat16."""
+    if target.dtype is torch.bfloat16:
+        value = round_stochastically(value.float(), seed_of(hyper.t, position, salt), start)
+    target.copy_(value)
