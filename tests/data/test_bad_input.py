@@ -92,7 +92,7 @@ def test_bad_files(tmp_path, vocab, case: str, workers: int) -> None:
 def test_line_and_byte_are_right_beyond_the_first_block(tmp_path, vocab, monkeypatch) -> None:
     import sys
 
-    monkeypatch.setattr(sys.modules["largebatch.data.sources"], "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(sys.modules["largebatch.data.blocks"], "BLOCK_BYTES", 1000)
     good = GOOD * 200
     (tmp_path / "a.txt").write_bytes(good + b"caf\xe9\n" + good)
     line, byte = good.count(b"\n") + 1, len(good) + 3
@@ -107,7 +107,7 @@ def test_line_and_byte_are_right_beyond_the_first_block(tmp_path, vocab, monkeyp
 def test_a_json_line_longer_than_any_document(tmp_path, vocab, monkeypatch) -> None:
     import sys
 
-    sources = sys.modules["largebatch.data.sources"]
+    sources = sys.modules["largebatch.data.blocks"]
     monkeypatch.setattr(sources, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 1 << 20)
     (tmp_path / "a.jsonl").write_bytes(json_lines({"text": "One."}) + json_lines({"text": "x" * (2 << 20)}))
@@ -179,3 +179,23 @@ def test_an_unreadable_input_and_an_unwritable_output(tmp_path, vocab, monkeypat
         good.chmod(0)
         with pytest.raises(UserError, match=r"good.txt: cannot be read"):
             prepare([good], tmp_path / "out", vocab=vocab)
+
+
+def test_a_full_disk_is_named_and_the_work_kept(tmp_path, vocab, monkeypatch) -> None:
+    import errno
+
+    from largebatch.data.tokenise import TokenBlock
+
+    (tmp_path / "good.txt").write_bytes(GOOD)
+
+    def full(self: TokenBlock, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenBlock, "save", full)
+        with pytest.raises(UserError, match=r"block: No space left on device; once that is mended, the same command"):
+            prepare([tmp_path / "good.txt"], tmp_path / "out", vocab=vocab)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists()
+    prepare([tmp_path / "good.txt"], tmp_path / "out", vocab=vocab)
+    assert not (tmp_path / "out.partial").exists()

@@ -211,7 +211,7 @@ def test_a_small_corpus_still_holds_a_document_out(tmp_path, vocab) -> None:
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
     """Many blocks of a small input, so that cutting, packing and resuming happen."""
-    sources, prepare_module = sys.modules["largebatch.data.sources"], sys.modules["largebatch.data.prepare"]
+    sources, prepare_module = sys.modules["largebatch.data.blocks"], sys.modules["largebatch.data.prepare"]
     monkeypatch.setattr(sources, "BLOCK_BYTES", 20_000)
     monkeypatch.setattr(prepare_module, "BLOCK_BYTES", 20_000)
 
@@ -256,7 +256,7 @@ def test_shards_end_with_documents_and_hold_every_token(tmp_path, vocab, demo_do
 
 
 def test_a_huge_document_is_cut_between_lines(tmp_path, vocab, monkeypatch, small_blocks) -> None:
-    monkeypatch.setattr(sys.modules["largebatch.data.sources"], "MAX_DOCUMENT_BYTES", 50_000)
+    monkeypatch.setattr(sys.modules["largebatch.data.blocks"], "MAX_DOCUMENT_BYTES", 50_000)
     paragraphs = [f"Paragraph number {i} of a document without an end." for i in range(3000)]
     manifest = prepare([write_text(tmp_path / "a.txt", [paragraphs])], tmp_path / "out", vocab=vocab, heldout=0.0)
     cut = manifest.report["documents"]["cut"]
@@ -267,7 +267,7 @@ def test_a_huge_document_is_cut_between_lines(tmp_path, vocab, monkeypatch, smal
 
 
 def test_a_document_without_line_or_space_is_cut_between_characters(tmp_path, vocab, monkeypatch, small_blocks) -> None:
-    monkeypatch.setattr(sys.modules["largebatch.data.sources"], "MAX_DOCUMENT_BYTES", 50_000)
+    monkeypatch.setattr(sys.modules["largebatch.data.blocks"], "MAX_DOCUMENT_BYTES", 50_000)
     (tmp_path / "a.txt").write_text("é€😀" * 20_000, encoding="utf-8")
     manifest = prepare([tmp_path / "a.txt"], tmp_path / "out", vocab=vocab, heldout=0.0)
     assert manifest.report["documents"]["cut"] >= 2
@@ -379,7 +379,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path, vocab) -> None:
 KILLED = """
 import sys, largebatch.data.prepare
 from largebatch.data import prepare
-for name in ("sources", "prepare"):
+for name in ("blocks", "prepare"):
     sys.modules["largebatch.data." + name].BLOCK_BYTES = 20_000
 if __name__ == "__main__":
     prepare([sys.argv[1]], sys.argv[2], vocab_size=700, workers=int(sys.argv[3]), progress=False)

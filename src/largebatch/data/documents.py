@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from largebatch.errors import UserError
 
-from .sources import Piece
+from .blocks import Piece
 
 Document = list[str]
 

@@ -18,12 +18,13 @@ _PADDING_SAMPLE_RUNS = 64
 
 
 def length_histogram(lengths: NDArray[np.integer]) -> dict[str, int]:
-    """Counts of lengths in the bins 1, 2-3, 4-7, 8-15, ..."""
+    """Counts of lengths in the bins 1, 2-3, 4-7, 8-15, ..., from the first to the last that is not empty."""
     if not len(lengths):
         return {}
     counts = np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1)
     names = ["1", *(f"{1 << bits}-{(2 << bits) - 1}" for bits in range(1, len(counts)))]
-    return dict(zip(names, counts.tolist(), strict=True))
+    first = int(np.flatnonzero(counts)[0])
+    return dict(zip(names[first:], counts[first:].tolist(), strict=True))
 
 
 def expected_padding(split: CorpusSplit, seed: int, lengths: Sequence[int] = _REPORT_LENGTHS) -> dict[str, Any]:

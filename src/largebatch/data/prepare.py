@@ -1,28 +1,24 @@
 """Raw text -> a prepared corpus: the work behind `largebatch prepare`."""
 
-import multiprocessing
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from largebatch.errors import UserError
 
-from .corpus import CorpusSplit
+from .assemble import assemble
+from .blocks import BLOCK_BYTES, MAX_DOCUMENT_BYTES, read_blocks
 from .documents import documents_of
-from .integrity import expected_padding, length_histogram
 from .manifest import Manifest, file_checksum
-from .progress import Bar, Stage, progress_bar
-from .shards import SHARD_TOKENS, SplitWriter, choose_documents
-from .sources import BLOCK_BYTES, MAX_DOCUMENT_BYTES, Block, Source, find_sources, read_blocks
-from .tokenise import BlockTokeniser, TokenBlock
+from .pool import tokenise_blocks
+from .progress import Bar, progress_bar
+from .shards import SHARD_TOKENS
+from .sources import Source, find_sources
 from .vocabulary import Vocabulary
-from .wordpiece import save_tokenizer, train_vocabulary
+from .wordpiece import train_vocabulary
 from .workspace import Workspace
 
 # Changes whenever the same input and settings would give other bytes, so that no half-done work is carried over.
@@ -111,28 +107,32 @@ def prepare(
     else:
         settings["vocab_sha256"] = sha256("\n".join(given_vocabulary.tokens).encode()).hexdigest()
 
-    with progress_bar(progress) as bar, Workspace(Path(out)) as workspace:
-        described = _describe(sources, bar)
-        if (existing := workspace.existing(settings, described, overwrite)) is not None:
-            return existing
-        total_bytes = sum(_file_bytes(source) for source in sources) or None
-        plan = {"inputs": described, "settings": settings}
+    def train() -> Vocabulary:
+        with bar.stage("training the vocabulary", None):
+            sample = _vocabulary_sample(sources, text_field, vocab_sample_bytes)
+            return train_vocabulary(sample, vocab_size, lowercase)
 
-        def train() -> Vocabulary:
-            with bar.stage("training the vocabulary", None):
-                sample = _vocabulary_sample(sources, text_field, vocab_sample_bytes)
-                return train_vocabulary(sample, vocab_size, lowercase)
-
-        vocabulary = workspace.vocabulary(plan, lambda: given_vocabulary or train())
-        workspace.start_blocks({"settings": settings, "vocabulary": vocabulary.tokens})
-        with bar.stage("tokenising", total_bytes) as stage:
-            paths = _tokenise(
-                sources, workspace, vocabulary, lowercase, text_field, _num_workers(workers, sources), stage
-            )
-        with bar.stage("writing", len(paths)) as stage:
-            manifest = _assemble(paths, workspace, vocabulary, settings, described, stage)
-        workspace.publish()
-        return manifest
+    try:
+        with progress_bar(progress) as bar, Workspace(Path(out)) as workspace:
+            described = _describe(sources, bar)
+            if (existing := workspace.existing(settings, described, overwrite)) is not None:
+                return existing
+            plan = {"inputs": described, "settings": settings}
+            vocabulary = workspace.vocabulary(plan, lambda: given_vocabulary or train())
+            blocks = workspace.start_blocks({"settings": settings, "vocabulary": vocabulary.tokens})
+            num_workers = _num_workers(workers, sources)
+            with bar.stage("tokenising", sum(map(_file_bytes, sources)) or None) as stage:
+                paths = tokenise_blocks(sources, blocks, vocabulary, lowercase, text_field, num_workers, stage)
+            with bar.stage("writing", len(paths)) as stage:
+                manifest = assemble(paths, workspace.start_result(), vocabulary, settings, described, stage)
+            workspace.publish()
+            return manifest
+    except OSError as error:  # a full disk and the like; what is done stays, for the next run
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        raise UserError(
+            f"{error.filename or out}: {error.strerror}; once that is mended, the same command continues"
+        ) from None
 
 
 def _file_bytes(source: Source) -> int:
@@ -191,156 +191,3 @@ def _vocabulary_sample(sources: Sequence[Source], text_field: str, sample_bytes:
                 return
 
     return texts
-
-
-_tokeniser: BlockTokeniser | None = None
-
-
-def _start_worker(vocabulary: Vocabulary, lowercase: bool, text_field: str) -> None:
-    global _tokeniser
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokeniser = BlockTokeniser(vocabulary, lowercase, text_field)
-
-
-def _work(block: Block, path: Path) -> None:
-    assert _tokeniser is not None
-    _tokeniser(block).save(path)
-
-
-def _tokenise(
-    sources: Sequence[Source],
-    workspace: Workspace,
-    vocabulary: Vocabulary,
-    lowercase: bool,
-    text_field: str,
-    workers: int,
-    stage: Stage,
-) -> list[Path]:
-    """Make the token block of every block that has none yet; the paths of all, in input order."""
-    paths: list[Path] = []
-
-    def unfinished() -> Iterator[tuple[Block, Path]]:
-        for number, block in enumerate(read_blocks(sources, text_field, stage.advance)):
-            crc = 0
-            for piece in block:
-                crc = piece.crc32(crc)
-            paths.append(workspace.blocks / f"{number:07d}-{crc:08x}.block")
-            if not paths[-1].exists():
-                yield block, paths[-1]
-
-    if workers == 1:
-        tokeniser = BlockTokeniser(vocabulary, lowercase, text_field)
-        for block, path in unfinished():
-            tokeniser(block).save(path)
-        return paths
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (vocabulary, lowercase, text_field)
-    )
-    running: set[Future[None]] = set()
-    try:
-        for block, path in unfinished():
-            running.add(pool.submit(_work, block, path))
-            if len(running) >= workers + 2:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-        for future in running:
-            future.result()
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a worker process ended without a word (out of memory?); the same command continues where this one "
-            "stopped, and fewer workers need less memory"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-    return paths
-
-
-def _assemble(
-    paths: Sequence[Path],
-    workspace: Workspace,
-    vocabulary: Vocabulary,
-    settings: dict[str, Any],
-    described: list[dict[str, Any]],
-    stage: Stage,
-) -> Manifest:
-    """Write the final files from the token blocks, in input order."""
-    directory = workspace.start_result()
-    dtype = np.uint16 if len(vocabulary) < 1 << 16 else np.uint32
-    hashes = [TokenBlock.load(path).hashes for path in paths]
-    table = choose_documents(hashes, settings["heldout"], settings["seed"], settings["drop_duplicates"])
-    if not len(table.hashes):
-        raise UserError("no document in the input: every one is empty")
-    writers = {name: SplitWriter(directory / name, dtype, settings["shard_tokens"]) for name in ("train", "heldout")}
-    counts = np.zeros(3, dtype=np.int64)
-    num_unknown = first = 0
-    for path in paths:
-        block = TokenBlock.load(path)
-        mine = slice(first, first + len(block.hashes))
-        first = mine.stop
-        kept, held = table.kept[mine], table.heldout[mine]
-        writers["train"].append(block, kept & ~held)
-        writers["heldout"].append(block, kept & held)
-        counts += block.counts
-        num_unknown += int(block.unknown[kept].sum())
-        stage.advance(1)
-    splits = {name: writer.close() for name, writer in writers.items()}
-    if not splits["train"]["documents"]:
-        raise UserError("no document is left to train on; lower the held-out share or add input")
-
-    save_tokenizer(vocabulary, settings["lowercase"], directory)
-    num_tokens = sum(split["tokens"] for split in splits.values())
-    lengths: dict[str, list[Any]] = {"document": [], "sentence": []}
-    for name in splits:
-        sentence_offsets, document_offsets = (
-            np.load(directory / name / f"{kind}_offsets.npy", mmap_mode="r") for kind in ("sentence", "document")
-        )
-        lengths["document"].append(np.diff(sentence_offsets[document_offsets]))
-        lengths["sentence"].append(np.diff(sentence_offsets))
-        if name == "train":
-            train = CorpusSplit(name, [], sentence_offsets, document_offsets, vocabulary)
-    notes = []
-    if "vocab_size" in settings and len(vocabulary) < settings["vocab_size"]:
-        notes.append(f"the text gave a vocabulary of {len(vocabulary)} pieces only, not {settings['vocab_size']}")
-    if settings["heldout"] and not splits["heldout"]["documents"]:
-        notes.append("no document is held out: there is but one different document")
-    report = {
-        "documents": {
-            "read": len(table.hashes) + int(counts[0]),
-            "train": splits["train"]["documents"],
-            "heldout": splits["heldout"]["documents"],
-            "empty": int(counts[0]),
-            "duplicate": int(table.duplicate.sum()),
-            "cut": int(counts[1]),
-        },
-        "sentences": sum(split["sentences"] for split in splits.values()),
-        "tokens": num_tokens,
-        "characters": int(counts[2]),
-        "unknown_tokens": num_unknown,
-        "unknown_rate": num_unknown / num_tokens,
-        "document_tokens": length_histogram(np.concatenate(lengths["document"])),
-        "sentence_tokens": length_histogram(np.concatenate(lengths["sentence"])),
-        "padding": expected_padding(train, settings["seed"]),
-        "notes": notes,
-    }
-    files = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "crc32": file_checksum(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-    manifest = Manifest(
-        tokenizer={
-            "sha256": sha256((directory / "tokenizer.json").read_bytes()).hexdigest(),
-            "vocab_size": len(vocabulary),
-            "lowercase": settings["lowercase"],
-            "special_ids": vocabulary.special_ids,
-        },
-        token_dtype=np.dtype(dtype).name,
-        splits=splits,
-        files=files,
-        settings=settings,
-        inputs=described,
-        report=report,
-    )
-    manifest.write(directory)
-    return manifest

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .blocks import Block
 from .documents import Document, documents_of
 from .sentences import split_sentences
-from .sources import Block
 from .vocabulary import Vocabulary
 from .wordpiece import WordEncoder
 

@@ -25,6 +25,8 @@ _MAX_CODE_POINTS = 0x110000
 _PUNCTUATION = r"!-/:-@\[-`{-~“”‘’–—…«»"
 _CUT = re.compile(rf"\n|[{_PUNCTUATION}]|[^ \n{_PUNCTUATION}]+")
 _MAX_CACHED_WORDS = 500_000
+# Sentences are encoded in parts of about this many characters: the words of a part are Python strings, 60 bytes each.
+_PART_CHARACTERS = 1 << 20
 
 
 def plain_tokenizer(vocabulary: Vocabulary, lowercase: bool) -> "Tokenizer":
@@ -84,6 +86,18 @@ class WordEncoder:
         Args:
             sentences: without line breaks, and with no white space but single spaces.
         """
+        first = size = 0
+        tokens, lengths = [np.zeros(0, dtype=np.uint32)], [np.zeros(0, dtype=np.int64)]
+        for end, sentence in enumerate(sentences, 1):
+            size += len(sentence)
+            if size >= _PART_CHARACTERS or end == len(sentences):
+                part = self._encode_part(sentences[first:end])
+                tokens.append(part[0])
+                lengths.append(part[1])
+                first, size = end, 0
+        return np.concatenate(tokens), np.concatenate(lengths)
+
+    def _encode_part(self, sentences: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         words = _CUT.findall("\n".join(sentences))
         new = sorted(set(words).difference(self._number))
         if new:
@@ -97,8 +111,7 @@ class WordEncoder:
         total = int(end[-1]) if len(end) else 0
         source = np.repeat(self._first[number] - (end - size), size) + np.arange(total)
         breaks = end[np.flatnonzero(number == 0)]
-        lengths = np.diff(breaks, prepend=0, append=total) if sentences else np.zeros(0, dtype=np.int64)
-        return self._pieces[source], lengths
+        return self._pieces[source], np.diff(breaks, prepend=0, append=total)
 
     def _learn(self, words: list[str]) -> None:
         encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)

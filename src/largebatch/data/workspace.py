@@ -25,7 +25,6 @@ class Workspace:
     def __init__(self, out: Path) -> None:
         self._out = out
         self.directory = out.with_name(out.name + ".partial")
-        self.blocks = self.directory / "blocks"
         self._result = self.directory / "corpus"
         self._replace = False
         self._done = False
@@ -73,7 +72,6 @@ class Workspace:
             intact = all((self._out / name).stat().st_size == file["bytes"] for name, file in manifest.files.items())
         except (UserError, OSError):
             if not overwrite:
-                self._done = not any(self.blocks.glob("*"))
                 raise UserError(
                     f"{self._out}: holds a damaged corpus; delete it, or overwrite it, to prepare it again"
                 ) from None
@@ -100,13 +98,14 @@ class Workspace:
         temporary.replace(path)
         return vocabulary
 
-    def start_blocks(self, plan: dict[str, Any]) -> None:
+    def start_blocks(self, plan: dict[str, Any]) -> Path:
         """Make the directory of token blocks, or keep the one of an interrupted run of the same plan."""
-        self.blocks = self.directory / f"blocks-{_fingerprint(plan)}"
+        blocks = self.directory / f"blocks-{_fingerprint(plan)}"
         for other in self.directory.glob("blocks-*"):
-            if other != self.blocks:
+            if other != blocks:
                 shutil.rmtree(other)
-        self.blocks.mkdir(exist_ok=True)
+        blocks.mkdir(exist_ok=True)
+        return blocks
 
     def start_result(self) -> Path:
         """An empty directory for the final files."""

@@ -1,0 +1,230 @@
+"""Reading inputs of any supported kind as a sequence of blocks that depends on the inputs alone.
+
+A block is the unit of parallel work and of resuming. The reader cuts files where documents end and leaves decoding,
+splitting and tokenising to whoever gets the block, so one reader feeds many workers.
+"""
+
+import gzip
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from largebatch.errors import UserError
+
+from .sources import OPENERS, Source
+
+BLOCK_BYTES = 4 << 20
+# A longer document is cut into several, so that memory stays bounded.
+MAX_DOCUMENT_BYTES = 32 << 20
+_ROWS = 512
+_BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive whole documents of one source: undecoded bytes of a file, or the rows of a table."""
+
+    kind: str
+    name: str
+    content: bytes | list[Any]
+    first_line: int
+    first_byte: int
+    cut: bool = False  # the last document goes on in the next piece: it is longer than MAX_DOCUMENT_BYTES
+
+    def crc32(self, crc: int) -> int:
+        crc = zlib.crc32(f"{self.kind} {self.name} {self.first_line}\n".encode("utf-8", "surrogateescape"), crc)
+        if isinstance(self.content, bytes):
+            return zlib.crc32(self.content, crc)
+        for row in self.content:
+            crc = zlib.crc32(repr(row).encode("utf-8", "surrogatepass") + b"\n", crc)
+        return crc
+
+
+Block = list[Piece]
+
+
+def read_blocks(
+    sources: Sequence[Source], text_field: str, advance: Progress = lambda num_bytes: None
+) -> Iterator[Block]:
+    """All inputs as blocks of about `BLOCK_BYTES`, small files together; the cuts depend on nothing but the inputs.
+
+    Args:
+        advance: told how many bytes more of the input files have been read.
+    """
+    block: Block = []
+    size = 0
+    for source in sources:
+        for piece, piece_bytes in _read_pieces(source, text_field, advance):
+            block.append(piece)
+            size += piece_bytes
+            if size >= BLOCK_BYTES:
+                yield block
+                block, size = [], 0
+    if block:
+        yield block
+
+
+def _read_pieces(source: Source, text_field: str, advance: Progress) -> Iterator[tuple[Piece, int]]:
+    if source.kind == "parquet":
+        rows = _parquet_rows(source, text_field, advance)
+    elif source.kind == "dataset":
+        rows = _dataset_rows(source, text_field)
+    else:
+        for piece in _file_pieces(source, advance):
+            assert isinstance(piece.content, bytes)
+            yield piece, len(piece.content)
+        return
+    where = str(source.path or source.name)
+    first, texts, size = 1, [], 0
+    for text in rows:
+        texts.append(text)
+        size += len(text) if isinstance(text, str) else 1
+        if size >= BLOCK_BYTES:
+            yield Piece("rows", where, texts, first, 0), size
+            first, texts, size = first + len(texts), [], 0
+    if texts:
+        yield Piece("rows", where, texts, first, 0), size
+
+
+def _file_pieces(source: Source, advance: Progress) -> Iterator[Piece]:
+    line, offset, carry = 1, 0, b""
+    with _open(source, advance) as read:
+        while True:
+            fresh = read(BLOCK_BYTES)
+            carry += fresh
+            at_end = len(fresh) < BLOCK_BYTES
+            if not carry:
+                if at_end and not offset and not source.may_be_empty:
+                    raise UserError(f"{source.path}: the file is empty; remove it from the inputs")
+                return
+            cut_document = False
+            if at_end:
+                cut = len(carry)
+            else:
+                cut = _last_end(carry, source.kind)
+                if not cut and len(carry) >= MAX_DOCUMENT_BYTES:
+                    if source.kind == "jsonl":
+                        raise UserError(
+                            f"{source.path}, line {line}: longer than {MAX_DOCUMENT_BYTES >> 20} MiB; "
+                            "a JSON-lines file holds one document per line"
+                        )
+                    cut = carry.rfind(b"\n") + 1 or carry.rfind(b" ") + 1 or _last_character(carry)
+                    cut_document = True
+                if not cut:
+                    continue
+            content, carry = carry[:cut], carry[cut:]
+            yield Piece(source.kind, str(source.path), content, line, offset, cut_document)
+            line += content.count(b"\n")
+            offset += cut
+            if at_end:
+                return
+
+
+def _last_end(content: bytes, kind: str) -> int:
+    """Where the last whole document ends, 0 if none does."""
+    if kind == "jsonl":
+        return content.rfind(b"\n") + 1
+    if (found := content.rfind(b"\n\n")) >= 0:
+        return found + 2
+    end = 0
+    for match in _BLANK_LINE.finditer(content):
+        end = match.end()
+    return end
+
+
+def _last_character(content: bytes) -> int:
+    """Where the last UTF-8 character begins."""
+    start = len(content) - 1
+    while start > 1 and content[start] & 0xC0 == 0x80:
+        start -= 1
+    return start
+
+
+@contextmanager
+def _open(source: Source, advance: Progress) -> Iterator[Callable[[int], bytes]]:
+    """A function that reads exactly so many decompressed bytes, fewer only at the end."""
+    path = source.path
+    assert path is not None
+    opener = OPENERS.get(path.suffix.lower())
+    try:
+        with path.open("rb") as raw:
+            file = opener(raw) if opener else raw
+            seen = 0
+
+            def read(num_bytes: int) -> bytes:
+                nonlocal seen
+                parts = []
+                while num_bytes and (part := file.read(num_bytes)):
+                    parts.append(part)
+                    num_bytes -= len(part)
+                advance(raw.tell() - seen)
+                seen = raw.tell()
+                return b"".join(parts)
+
+            yield read
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged or not a {path.suffix} file ({error})") from None
+    except OSError as error:
+        if error.strerror is None:  # bz2's way to say it
+            raise UserError(f"{path}: damaged or not a {path.suffix} file ({error})") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parquet_rows(source: Source, text_field: str, advance: Progress) -> Iterator[str | None]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(f"{source.path}: reading Parquet needs pyarrow; install largebatch[data]") from None
+    assert source.path is not None
+    try:
+        with pq.ParquetFile(source.path) as file:
+            schema = file.schema_arrow
+            _check_field(f"{source.path}", text_field, schema.names)
+            kind = schema.field(text_field).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise UserError(f"{source.path}: column {text_field!r} holds {kind}, not text; name another text field")
+            size, num_rows = source.path.stat().st_size, max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[text_field]):
+                yield from batch.column(0).to_pylist()
+                advance(size * batch.num_rows // num_rows)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{source.path}: damaged or not a Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _dataset_rows(source: Source, text_field: str) -> Iterator[str | None]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source.name}: reading Hugging Face data sets needs `datasets`; install largebatch[data]"
+        ) from None
+    assert source.dataset is not None
+    name, config, split = source.dataset
+    try:
+        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+            loaded = datasets.load_from_disk(name)
+            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source.name}: the data set cannot be loaded: {reason}") from None
+    if rows.column_names:
+        _check_field(source.name, text_field, rows.column_names)
+        rows = rows.select_columns([text_field])
+    for batch in rows.iter(batch_size=_ROWS):
+        _check_field(source.name, text_field, list(batch))
+        yield from batch[text_field]
+
+
+def _check_field(where: str, text_field: str, fields: Sequence[str]) -> None:
+    if text_field not in fields:
+        raise UserError(f"{where}: no column {text_field!r}; there are {', '.join(fields)}; name one as the text field")
