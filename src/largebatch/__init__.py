@@ -5,9 +5,9 @@ Importing this package imports torch and numpy and nothing else; the training sy
 """
 
 from largebatch import schedules
-from largebatch.optim import LAMB, LARS, NLAMB, NNLAMB, param_groups
+from largebatch.optim import LAMB, LARS, NLAMB, NNLAMB, Layerwise, param_groups
 from largebatch.scaling import Plan, Stage, plan
 
-__all__ = ["LAMB", "LARS", "NLAMB", "NNLAMB", "Plan", "Stage", "param_groups", "plan", "schedules"]
+__all__ = ["LAMB", "LARS", "NLAMB", "NNLAMB", "Layerwise", "Plan", "Stage", "param_groups", "plan", "schedules"]
 
 __version__ = "0.1.0"

@@ -1,7 +1,9 @@
-"""Layerwise adaptive optimizers."""
+"""Layerwise adaptive optimizers: `LAMB`, `LARS`, `NLAMB`, `NNLAMB`, and `Layerwise` for any other optimizer."""
 
+from .dialects import convert_state_dict
 from .groups import param_groups
 from .lamb import LAMB, NLAMB, NNLAMB
 from .lars import LARS
+from .layerwise import Layerwise
 
-__all__ = ["LAMB", "LARS", "NLAMB", "NNLAMB", "param_groups"]
+__all__ = ["LAMB", "LARS", "NLAMB", "NNLAMB", "Layerwise", "convert_state_dict", "param_groups"]

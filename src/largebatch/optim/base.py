@@ -59,30 +59,19 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._ratios = {}
+        self._ratios.clear()  # in place: a compiled step would lose an assignment to an attribute (torch 2.13)
         for layers in self._layers_by_device():
             local, memory = self._backend.direction(self.rule, layers, self.norm)
             x_norms, u_norms = norms.combine(local, [layer.x for layer in layers], self.norm).unbind()
-            ratios = self._trust_ratios(x_norms, u_norms, layers)
+            ratios = norms.trust_ratios(x_norms, u_norms, [layer.group for layer in layers], self._trust_ratio)
             self._backend.apply(self.rule, layers, ratios, memory)
             self._ratios.update(zip((layer.name for layer in layers), ratios.unbind(), strict=True))
         if self.master_weights:
             self._round_masters()
         return loss
 
-    def _trust_ratios(self, x_norms: Tensor, u_norms: Tensor, layers: list[Layer]) -> Tensor:
-        """Return what multiplies each layer's learning rate, [L], from the norms of the layers, [L] each."""
-        ratios, start = [], 0
-        while start < len(layers):  # a group's layers are neighbours; they share φ and are reckoned together
-            group, stop = layers[start].group, start
-            while stop < len(layers) and layers[stop].group is group:
-                stop += 1
-            x_norm, u_norm = x_norms[start:stop], u_norms[start:stop]
-            ratios.append(self._trust_ratio(x_norm, u_norm, group) if group["adapt"] else torch.ones_like(x_norm))
-            start = stop
-        return torch.cat(ratios)
-
     def _trust_ratio(self, x_norm: Tensor, u_norm: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the factor of the adapted layers of one group, from the vectors of their norms."""
         return norms.trust_ratio(x_norm, u_norm, group["phi"])
 
     def trust_ratios(self) -> dict[str | int, Tensor]:

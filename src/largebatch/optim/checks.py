@@ -14,13 +14,18 @@ def check(name: str, value: Any, accepted: bool, expected: str) -> None:
 
 def check_common(group: dict[str, Any]) -> None:
     """Check the settings that every layerwise optimizer has."""
-    lr, phi = group["lr"], group["phi"]
+    lr = group["lr"]
     if isinstance(lr, Tensor):  # whose value is on its device, and stays there
         check("lr", lr, lr.numel() == 1, "a number >= 0, or a tensor of one element")
     else:
         check("lr", lr, 0 <= lr < math.inf, "a number >= 0")
     for name in ("weight_decay", "eps"):
         check(name, group[name], 0 <= group[name] < math.inf, "a number >= 0")
+    check_phi(group["phi"])
+
+
+def check_phi(phi: Any) -> None:
+    """Check φ."""
     check("phi", phi, phi is None or callable(phi) or is_interval(phi), "None, a pair (low, high), or a callable")
 
 

@@ -130,11 +130,10 @@ class Foreach:
         owners: list[int] = []
         measured: list[Tensors] = [[], []]
         for bucket in buckets(layers):
-            x, g, h = bucket.x, descended(bucket), bucket.hyper
-            state = {key: in_dtype(values, g[0].dtype) for key, values in bucket.state.items()}
-            RULES[rule].state(x, g, state, h)
+            x, g, state = in_compute_dtype(bucket)
+            RULES[rule].state(x, g, state, bucket.hyper)
             write(bucket, state, layers)
-            _, normaliser = RULES[rule].direction(x, g, state, h)
+            _, normaliser = RULES[rule].direction(x, g, state, bucket.hyper)
             owners += bucket.owners
             measured[0] += norms.measure(x, norm)
             measured[1] += norms.measure(normaliser, norm)
@@ -143,10 +142,11 @@ class Foreach:
     def apply(self, rule: str, layers: Sequence[Layer], ratio: Tensor, memory: None) -> None:
         of_layer = ratio.unbind()
         for bucket in buckets(layers):
-            x, g, h = bucket.x, descended(bucket), bucket.hyper
-            state = {key: in_dtype(values, g[0].dtype) for key, values in bucket.state.items()}
-            u, _ = RULES[rule].direction(x, g, state, h)
-            RULES[rule].descend(x, u, [of_layer[owner] for owner in bucket.owners], state, h)
+            x, g, state = in_compute_dtype(bucket)
+            u, _ = RULES[rule].direction(x, g, state, bucket.hyper)
+            RULES[rule].descend(x, u, [of_layer[owner] for owner in bucket.owners], state, bucket.hyper)
+            if x is not bucket.x:
+                torch._foreach_copy_(bucket.x, x)
 
 
 BACKEND = Foreach()
@@ -199,10 +199,13 @@ def tiles(tensors: Tensors, size: int) -> Iterator[tuple[Tensor, ...]]:
 # ---- lists in the dtype of the mathematics ----
 
 
-def descended(bucket: Bucket) -> Tensors:
-    """Return the gradient to descend, in the dtype of the mathematics."""
-    g = in_dtype(bucket.g, compute_dtype(bucket.x[0]))
-    return list(torch._foreach_neg(g)) if bucket.hyper.maximize else g
+def in_compute_dtype(bucket: Bucket) -> tuple[Tensors, Tensors, dict[str, Tensors]]:
+    """Return x, the gradient to descend and the state: copies, where their own dtype is another."""
+    dtype = compute_dtype(bucket.x[0])
+    g = in_dtype(bucket.g, dtype)
+    if bucket.hyper.maximize:
+        g = list(torch._foreach_neg(g))
+    return in_dtype(bucket.x, dtype), g, {key: in_dtype(values, dtype) for key, values in bucket.state.items()}
 
 
 def in_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
@@ -211,7 +214,7 @@ def in_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 
 def write(bucket: Bucket, state: dict[str, Tensors], layers: Sequence[Layer]) -> None:
-    """Put the state back into the tensors it was copied from, and read what became of it there."""
+    """Put the state back where it was copied from, rounded, and read what it became."""
     for salt, (key, values) in enumerate(state.items()):
         targets = bucket.state[key]
         if values is targets:

@@ -10,6 +10,7 @@ A process that holds every layer whole is the degenerate case, in which the seco
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,31 @@ def phi_of(phi: Phi, x_norm: Tensor) -> Tensor:
         return phi(x_norm)
     low, high = phi
     return x_norm.clamp(low, high)
+
+
+def trust_ratios(
+    x_norms: Tensor,
+    u_norms: Tensor,
+    groups: Sequence[dict[str, Any]],
+    ratio: Callable[[Tensor, Tensor, dict[str, Any]], Tensor],
+) -> Tensor:
+    """Return what multiplies each layer's learning rate, [L], from the norms of the layers, [L] each.
+
+    Args:
+        x_norms: ‖x‖.
+        u_norms: ‖u‖.
+        groups: each layer's parameter group. Neighbours of one group share its φ and are reckoned together.
+        ratio: what to do with the norms of a group that adapts.
+    """
+    ratios, start = [], 0
+    while start < len(groups):
+        group, stop = groups[start], start
+        while stop < len(groups) and groups[stop] is group:
+            stop += 1
+        x_norm, u_norm = x_norms[start:stop], u_norms[start:stop]
+        ratios.append(ratio(x_norm, u_norm, group) if group["adapt"] else torch.ones_like(x_norm))
+        start = stop
+    return torch.cat(ratios)
 
 
 def trust_ratio(x_norm: Tensor, u_norm: Tensor, phi: Phi) -> Tensor:

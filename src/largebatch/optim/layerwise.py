@@ -1,0 +1,171 @@
+"""The paper's general strategy: any base optimizer, with its step rescaled layer by layer."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.asgd import ASGD
+from torch.optim.rprop import Rprop
+
+from . import norms
+from .checks import check, check_phi
+from .precision import compute_dtype
+
+# Their state depends on the learning rate, or they step more than once.
+NOT_LINEAR = (LBFGS, ASGD, Rprop)
+
+
+class Moved(NamedTuple):
+    """A layer that the base optimizer has moved."""
+
+    name: str | int
+    x: Tensor
+    old: Tensor  # what x was, if its group adapts
+    group: dict[str, Any]
+
+
+class Layerwise(Optimizer):
+    r"""Any optimizer made layerwise: x ← x − η · φ(‖x‖)/‖u‖ · u, where u is the base optimizer's step at rate 1.
+
+    1. The base optimizer takes its step with the learning rate 1, which moves x by −u, weight decay included.
+    2. The factor φ(‖x‖)/‖u‖ is reckoned, 1 if ‖x‖ or ‖u‖ is zero.
+    3. x is set to what it was, minus η times the factor times u.
+
+    Groups with ``adapt=False`` take the base optimizer's own step at its own rate. `Layerwise(torch.optim.AdamW(...))`
+    is LAMB, and `Layerwise(torch.optim.SGD(...))` is LARS with the momentum normalised. For those two, `LAMB` and
+    `LARS` are faster and more exact: here a float32 u is the difference of two weights, which rounds it at 6e-8 of the
+    larger of |x| and |u|, and a copy of the adapted weights is held during the step.
+
+    The base optimizer must be linear in its learning rate: its state may not depend on it, nor its update other than
+    by a factor. Of torch's own, LBFGS, ASGD and Rprop are not.
+
+    Args:
+        base: the optimizer to wrap. Its groups, state, hooks and state dict are this optimizer's; give it
+            ``param_groups(model)`` to exclude biases and norm layers. Group keys ``phi`` and ``adapt`` override.
+        phi: φ. None is the identity; a pair (low, high) clips ‖x‖; a callable gets the vector of ‖x‖.
+        norm: "l2", "l1" or "linf".
+        adapt: False turns the trust ratio off, and leaves the base optimizer as it is.
+
+    Raises:
+        ValueError: a setting out of range, or a base optimizer that is not linear in its learning rate.
+
+    Example:
+        >>> from largebatch import Layerwise
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = Layerwise(torch.optim.NAdam(model.parameters(), lr=1e-3))
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> len(optimizer.trust_ratios())
+        2
+
+    Source: section 3 of the paper, "general strategy".
+    """
+
+    def __init__(self, base: Optimizer, *, phi: norms.Phi = None, norm: str = "l2", adapt: bool = True) -> None:
+        check("base", base, isinstance(base, Optimizer), "a torch.optim.Optimizer")
+        check("base", type(base).__name__, not isinstance(base, NOT_LINEAR), "an optimizer linear in its learning rate")
+        check("norm", norm, norm in norms.ORDERS, f"one of {', '.join(map(repr, norms.ORDERS))}")
+        check_phi(phi)
+        self.base = base
+        self.norm = norm
+        self._ratios: dict[str | int, Tensor] = {}
+        # In place of Optimizer.__init__, which would make groups and state of its own.
+        self.__setstate__({"defaults": {**base.defaults, "phi": phi, "adapt": adapt}})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient; return what ``closure``, if one is given to compute them, does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._ratios.clear()
+        for moved in self._step_at_unit_rate():
+            measured = [norms.measure([layer.old], self.norm)[0] for layer in moved]
+            measured_u = [norms.measure([update(layer)], self.norm)[0] for layer in moved]
+            owners = range(len(moved))
+            local = torch.stack([norms.join(pieces, owners, self.norm) for pieces in (measured, measured_u)])
+            x_norms, u_norms = norms.combine(local, [layer.x for layer in moved], self.norm).unbind()
+            ratios = norms.trust_ratios(x_norms, u_norms, [layer.group for layer in moved], self._trust_ratio)
+            for layer, ratio in zip(moved, ratios.unbind(), strict=True):
+                self._ratios[layer.name] = ratio
+                if layer.group["adapt"]:
+                    layer.x.copy_(layer.old.to(compute_dtype(layer.x)) - layer.group["lr"] * ratio * update(layer))
+        return loss
+
+    def _step_at_unit_rate(self) -> Iterable[list[Moved]]:
+        """Let the base optimizer step, adapted groups at rate 1, and return what it moved, device by device."""
+        by_device: dict[torch.device, list[Moved]] = {}
+        first, rates = 0, [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            names = group.get("param_names", range(first, first + len(group["params"])))
+            first += len(group["params"])
+            for name, x in zip(names, group["params"], strict=True):
+                if x.grad is not None:
+                    old = x.detach().clone() if group["adapt"] else x
+                    by_device.setdefault(x.device, []).append(Moved(name, x, old, group))
+            if group["adapt"]:
+                group["lr"] = torch.ones_like(group["lr"]) if isinstance(group["lr"], Tensor) else 1.0
+        try:
+            self.base.step()
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+        return by_device.values()
+
+    @staticmethod
+    def _trust_ratio(x_norm: Tensor, u_norm: Tensor, group: dict[str, Any]) -> Tensor:
+        return norms.trust_ratio(x_norm, u_norm, group["phi"])
+
+    def trust_ratios(self) -> dict[str | int, Tensor]:
+        """Return the trust ratio of every layer that the last step moved; see `LAMB.trust_ratios`."""
+        return dict(self._ratios)
+
+    # ---- what is the base optimizer's ----
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        groups: list[dict[str, Any]] = self.base.param_groups
+        return groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters to the base optimizer."""
+        self.base.add_param_group(param_group)
+        self._complete_groups()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state dict; its groups say ``phi`` and ``adapt``."""
+        state_dict: dict[str, Any] = self.base.state_dict()
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this optimizer, or of the base optimizer alone."""
+        self.base.load_state_dict(state_dict)
+        self._complete_groups()
+
+    def _complete_groups(self) -> None:
+        for group in self.param_groups:
+            for key in ("phi", "adapt"):
+                group.setdefault(key, self.defaults[key])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base": self.base, "norm": self.norm, "defaults": self.defaults, "_ratios": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in vars(self):  # a hook on either's state dict is a hook on both
+            if name.endswith(("state_dict_pre_hooks", "state_dict_post_hooks")):
+                setattr(self, name, getattr(self.base, name))
+        self._complete_groups()
+
+
+def update(layer: Moved) -> Tensor:
+    """Return u, by which the step at rate 1 moved the layer."""
+    dtype = compute_dtype(layer.x)
+    return layer.old.to(dtype) - layer.x.to(dtype)
