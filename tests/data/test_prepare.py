@@ -38,7 +38,7 @@ def vocab(tmp_path_factory, demo_paragraphs) -> Path:
     from largebatch.data.wordpiece import train_vocabulary
 
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
-    path.write_text("\n".join(train_vocabulary(lambda: demo_paragraphs[:800], 1000, lowercase=True).tokens) + "\n")
+    path.write_text("\n".join(train_vocabulary(demo_paragraphs[:800], 1000, lowercase=True).tokens) + "\n")
     return path
 
 

@@ -24,7 +24,7 @@ from largebatch.errors import UserError
 @pytest.fixture(scope="module")
 def trained(demo_paragraphs: list[str]) -> Vocabulary:
     texts = demo_paragraphs[:1500]
-    return train_vocabulary(lambda: texts, 1500, lowercase=True)
+    return train_vocabulary(texts, 1500, lowercase=True)
 
 
 def expected_ids(vocabulary: Vocabulary, lowercase: bool, sentences: list[str]) -> list[list[int]]:
@@ -84,7 +84,7 @@ TRAIN = """
 import lzma, sys
 from largebatch.data.wordpiece import train_vocabulary
 text = lzma.open(sys.argv[1], "rt", encoding="utf-8").read(150_000).split("\\n")
-print("\\n".join(train_vocabulary(lambda: text, 900, lowercase=True).tokens))
+print("\\n".join(train_vocabulary(text, 900, lowercase=True).tokens))
 """
 
 
@@ -108,7 +108,7 @@ def test_a_trained_vocabulary_is_what_the_tokenizers_package_trains(demo_paragra
     from tokenizers import BertWordPieceTokenizer
 
     texts = demo_paragraphs[:1500]
-    ours = train_vocabulary(lambda: texts, 1200, lowercase=True)
+    ours = train_vocabulary(texts, 1200, lowercase=True)
     theirs = BertWordPieceTokenizer(lowercase=True)
     theirs.train_from_iterator(texts, vocab_size=1200, show_progress=False)
     common = set(ours.tokens) & set(theirs.get_vocab())
@@ -130,7 +130,7 @@ def test_rare_characters_are_left_to_the_unknown_token() -> None:
     """One piece in thirty may be a character; the rarest go, ties by code point, and words with them are unknown."""
     rare = "".join(chr(0x4E00 + i) for i in range(100))
     text = ["the cat sat on the mat " * 50 + rare]
-    vocabulary = train_vocabulary(lambda: text, 300, lowercase=True)
+    vocabulary = train_vocabulary(text, 300, lowercase=True)
     kept = [c for c in rare if c in vocabulary.tokens]
     assert 0 < len(kept) < 100
     assert kept == list(rare[: len(kept)])
@@ -145,7 +145,7 @@ def test_rare_characters_are_left_to_the_unknown_token() -> None:
 )
 def test_untrainable(texts: list[str], size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        train_vocabulary(lambda: texts, size, lowercase=True)
+        train_vocabulary(texts, size, lowercase=True)
 
 
 @pytest.mark.parametrize("lowercase", [True, False])

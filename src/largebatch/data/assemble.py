@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from largebatch.errors import UserError
 
 from .corpus import CorpusSplit
-from .integrity import expected_padding, length_histogram
+from .integrity import LengthHistogram, expected_padding
 from .manifest import Manifest, file_checksum
 from .progress import Stage
 from .shards import SplitWriter, choose_documents
@@ -32,13 +33,14 @@ def assemble(
 ) -> Manifest:
     """Write all files of a corpus into the empty `directory`, from token blocks in input order; the manifest last."""
     dtype = np.uint16 if len(vocabulary) < 1 << 16 else np.uint32
-    hashes = [TokenBlock.load(path).hashes for path in paths]
+    hashes = [TokenBlock.load_hashes(path) for path in paths]
     table = choose_documents(hashes, settings["heldout"], settings["seed"], settings["drop_duplicates"])
     if not len(table.hashes):
         raise UserError("no document in the input: every one is empty")
     writers = {name: SplitWriter(directory / name, dtype, settings["shard_tokens"]) for name in ("train", "heldout")}
     counts = np.zeros(3, dtype=np.int64)
     num_unknown = first = 0
+    sentence_histogram, document_histogram = LengthHistogram(), LengthHistogram()
     for path in paths:
         block = TokenBlock.load(path)
         mine = slice(first, first + len(block.hashes))
@@ -48,6 +50,8 @@ def assemble(
         writers["heldout"].append(block, kept & held)
         counts += block.counts
         num_unknown += int(block.unknown[kept].sum())
+        sentence_histogram.add(block.sentence_lengths[np.repeat(kept, block.document_lengths)])
+        document_histogram.add(document_tokens(block)[kept])
         stage.advance(1)
     splits = {name: writer.close() for name, writer in writers.items()}
     if not splits["train"]["documents"]:
@@ -55,18 +59,12 @@ def assemble(
 
     save_tokenizer(vocabulary, settings["lowercase"], directory)
     num_tokens = sum(split["tokens"] for split in splits.values())
-    lengths: dict[str, list[Any]] = {"document": [], "sentence": []}
-    for name in splits:
-        sentence_offsets, document_offsets = (
-            np.load(directory / name / f"{kind}_offsets.npy", mmap_mode="r") for kind in ("sentence", "document")
-        )
-        lengths["document"].append(np.diff(sentence_offsets[document_offsets]))
-        lengths["sentence"].append(np.diff(sentence_offsets))
-        if name == "train":
-            train = CorpusSplit(name, [], sentence_offsets, document_offsets, vocabulary)
+    sentence_offsets, document_offsets = (
+        np.load(directory / "train" / f"{kind}_offsets.npy", mmap_mode="r") for kind in ("sentence", "document")
+    )
+    train = CorpusSplit("train", [], sentence_offsets, document_offsets, vocabulary)
     notes = []
-    document_tokens = np.concatenate(lengths["document"])
-    share = int(document_tokens.max()) / num_tokens
+    share = document_histogram.largest / num_tokens
     if num_tokens > _TINY_TOKENS and share > _LARGE_DOCUMENT:
         notes.append(
             f"the largest document holds {share:.0%} of all tokens; documents are what is held out, paired and packed "
@@ -90,8 +88,8 @@ def assemble(
         "characters": int(counts[2]),
         "unknown_tokens": num_unknown,
         "unknown_rate": num_unknown / num_tokens,
-        "document_tokens": length_histogram(document_tokens),
-        "sentence_tokens": length_histogram(np.concatenate(lengths["sentence"])),
+        "document_tokens": document_histogram.bins(),
+        "sentence_tokens": sentence_histogram.bins(),
         "padding": expected_padding(train, settings["seed"]),
         "notes": notes,
     }
@@ -116,3 +114,9 @@ def assemble(
     )
     manifest.write(directory)
     return manifest
+
+
+def document_tokens(block: TokenBlock) -> NDArray[np.int64]:
+    """The number of tokens of each document of a block."""
+    ends = np.cumsum(block.sentence_lengths, dtype=np.int64)[np.cumsum(block.document_lengths) - 1]
+    return np.diff(ends, prepend=0)

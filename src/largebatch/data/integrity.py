@@ -17,14 +17,24 @@ _PADDING_SAMPLE_TOKENS = 1 << 25
 _PADDING_SAMPLE_RUNS = 64
 
 
-def length_histogram(lengths: NDArray[np.integer]) -> dict[str, int]:
-    """Counts of lengths in the bins 1, 2-3, 4-7, 8-15, ..., from the first to the last that is not empty."""
-    if not len(lengths):
-        return {}
-    counts = np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1)
-    names = ["1", *(f"{1 << bits}-{(2 << bits) - 1}" for bits in range(1, len(counts)))]
-    first = int(np.flatnonzero(counts)[0])
-    return dict(zip(names[first:], counts[first:].tolist(), strict=True))
+class LengthHistogram:
+    """Counts of lengths in the bins 1, 2-3, 4-7, 8-15, ..., and the largest, gathered part by part."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(64, dtype=np.int64)
+        self.largest = 0
+
+    def add(self, lengths: NDArray[np.integer]) -> None:
+        """Count positive lengths."""
+        if len(lengths):
+            self._counts += np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1, minlength=64)
+            self.largest = max(self.largest, int(lengths.max()))
+
+    def bins(self) -> dict[str, int]:
+        """The counts by bin, from the first to the last that is not empty."""
+        filled = np.flatnonzero(self._counts)
+        names = ["1", *(f"{1 << bits}-{(2 << bits) - 1}" for bits in range(1, 64))]
+        return {names[bit]: int(self._counts[bit]) for bit in range(filled[0], filled[-1] + 1)} if len(filled) else {}
 
 
 def expected_padding(split: CorpusSplit, seed: int, lengths: Sequence[int] = _REPORT_LENGTHS) -> dict[str, Any]:

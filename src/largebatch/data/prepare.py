@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from .blocks import BLOCK_BYTES, MAX_DOCUMENT_BYTES, read_blocks
 from .documents import documents_of
 from .manifest import Manifest, file_checksum
 from .pool import tokenise_blocks
-from .progress import Bar, progress_bar
+from .progress import Bar, Stage, progress_bar
 from .shards import SHARD_TOKENS
 from .sources import Source, find_sources
 from .vocabulary import Vocabulary
@@ -108,8 +108,9 @@ def prepare(
         settings["vocab_sha256"] = sha256("\n".join(given_vocabulary.tokens).encode()).hexdigest()
 
     def train() -> Vocabulary:
+        with bar.stage("sampling text", sum(map(_file_bytes, sources)) or None) as stage:
+            sample = list(_vocabulary_sample(sources, text_field, vocab_sample_bytes, stage))
         with bar.stage("training the vocabulary", None):
-            sample = _vocabulary_sample(sources, text_field, vocab_sample_bytes)
             return train_vocabulary(sample, vocab_size, lowercase)
 
     try:
@@ -173,21 +174,17 @@ def _num_workers(workers: int | None, sources: Sequence[Source]) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _vocabulary_sample(sources: Sequence[Source], text_field: str, sample_bytes: int) -> Callable[[], Iterator[str]]:
-    """The text to train the vocabulary on: every n-th block, up to twice the wanted size."""
+def _vocabulary_sample(sources: Sequence[Source], text_field: str, sample_bytes: int, stage: Stage) -> Iterator[str]:
+    """The documents to train the vocabulary on: every n-th block, up to twice the wanted size."""
     every = max(1, -(-_expanded_bytes(sources) // sample_bytes))
-
-    def texts() -> Iterator[str]:
-        taken = 0
-        for number, block in enumerate(read_blocks(sources, text_field)):
-            if number % every:
-                continue
-            for piece in block:
-                for document in documents_of(piece, text_field):
-                    text = "\n".join(document)
-                    taken += len(text)
-                    yield text
-            if taken > 2 * sample_bytes:
-                return
-
-    return texts
+    taken = 0
+    for number, block in enumerate(read_blocks(sources, text_field, stage.advance)):
+        if number % every:
+            continue
+        for piece in block:
+            for document in documents_of(piece, text_field):
+                text = "\n".join(document)
+                taken += len(text)
+                yield text
+        if taken > 2 * sample_bytes:
+            return

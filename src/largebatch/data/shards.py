@@ -36,7 +36,7 @@ def choose_documents(
     different documents among 10**8 share a hash with probability 3e-4; such a pair counts as duplicates.
 
     Args:
-        hashes_of_blocks: 9 bytes per document are needed beside them.
+        hashes_of_blocks: of all documents; some 50 bytes of memory each are needed beside them.
         heldout: share of the documents, in [0, 1).
     """
     hashes = np.concatenate([*hashes_of_blocks, np.zeros(0, dtype=np.uint64)])

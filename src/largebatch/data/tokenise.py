@@ -23,18 +23,18 @@ class TokenBlock:
     """The documents of one block, empty ones left out.
 
     Attributes:
+        hashes: uint64, of each document's text; equal for documents that differ in white space alone.
         tokens: token ids of all sentences in a row.
         sentence_lengths: tokens of each sentence, none zero.
         document_lengths: sentences of each document, none zero.
-        hashes: uint64, of each document's text; equal for documents that differ in white space alone.
         unknown: unknown tokens of each document.
         counts: [documents without a token, documents that were cut, characters].
     """
 
+    hashes: NDArray[np.uint64]
     tokens: NDArray[np.unsignedinteger]
     sentence_lengths: NDArray[np.uint32]
     document_lengths: NDArray[np.uint32]
-    hashes: NDArray[np.uint64]
     unknown: NDArray[np.uint32]
     counts: NDArray[np.int64]
 
@@ -49,6 +49,12 @@ class TokenBlock:
     def load(cls, path: Path) -> "TokenBlock":
         with path.open("rb") as file:
             return cls(*(np.load(file) for _ in fields(cls)))
+
+    @staticmethod
+    def load_hashes(path: Path) -> NDArray[np.uint64]:
+        """The hashes alone, which come first in the file."""
+        with path.open("rb") as file:
+            return np.load(file)
 
 
 class BlockTokeniser:
@@ -90,10 +96,10 @@ class BlockTokeniser:
         document_lengths_all = _joined(document_lengths, np.uint32)
         kept = document_lengths_all > 0
         return TokenBlock(
+            hashes=np.frombuffer(b"".join(hashes), dtype="<u8")[kept],
             tokens=_joined(tokens, self.dtype),
             sentence_lengths=_joined(sentence_lengths, np.uint32),
             document_lengths=document_lengths_all[kept],
-            hashes=np.frombuffer(b"".join(hashes), dtype="<u8")[kept],
             unknown=_joined(unknown, np.uint32)[kept],
             counts=np.array([(~kept).sum(), sum(piece.cut for piece in block), num_characters], dtype=np.int64),
         )

@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,7 +125,7 @@ class WordEncoder:
         self._pieces = np.concatenate([self._pieces, pieces])
 
 
-def train_vocabulary(texts: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) -> Vocabulary:
+def train_vocabulary(texts: Sequence[str], vocab_size: int, lowercase: bool) -> Vocabulary:
     """Train a WordPiece vocabulary; the same texts give the same pieces in the same order.
 
     `tokenizers` merges pairs by count and breaks ties by the ids of their parts, and it numbers the characters in the
@@ -133,7 +133,7 @@ def train_vocabulary(texts: Callable[[], Iterable[str]], vocab_size: int, lowerc
     characters get their ids beforehand, so that the merges are determined.
 
     Args:
-        texts: gives an iterator over pieces of text; called twice.
+        texts: any pieces of text.
         vocab_size: pieces wanted, the five special ones included; a small corpus may give fewer.
         lowercase: as in `WordEncoder`.
 
@@ -144,7 +144,7 @@ def train_vocabulary(texts: Callable[[], Iterable[str]], vocab_size: int, lowerc
 
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
     # BERT's own vocabulary spends one piece in thirty on characters.
-    counts = _character_counts(texts(), normalizer)
+    counts = _character_counts(texts, normalizer)
     alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[: max(64, min(1000, vocab_size // 30))])
     if not alphabet:
         raise UserError("no vocabulary can be trained: the input holds no visible character")
@@ -163,13 +163,13 @@ def train_vocabulary(texts: Callable[[], Iterable[str]], vocab_size: int, lowerc
     )
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     ids = tokenizer.get_vocab()
     first = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet, *continuing])}
     return Vocabulary(tuple(sorted(ids, key=lambda token: (first.get(token, fixed), ids[token]))))
 
 
-def _character_counts(texts: Iterable[str], normalizer: "Normalizer") -> Counter[str]:
+def _character_counts(texts: Sequence[str], normalizer: "Normalizer") -> Counter[str]:
     """How often each character occurs after normalisation, which works on each character by itself."""
     raw = np.zeros(_MAX_CODE_POINTS, dtype=np.int64)
     for text in texts:
