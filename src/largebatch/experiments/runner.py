@@ -307,6 +307,8 @@ def _with_micro_batches(
                 lambda size, index=index: engine.probe(workload.probe_batch(index, size)),
                 stage.batch_size // distributed.world_size(),
                 device,
+                # Two moments in float32, and about as much again that a step needs for a moment.
+                reserve_bytes=16 * sum(parameter.numel() for parameter in engine.model.parameters()),
             )
             size = distributed.smallest(size, device)
             on_event(f"{stage.name}: micro-batch {size} of {stage.batch_size}, found by a probe")

@@ -115,7 +115,7 @@ def _load_file(path: Path) -> dict[str, Any]:
 
 def _check_fits(checkpoint: Path, weights: dict[str, torch.Tensor], model: nn.Module) -> None:
     expected = model.state_dict()
-    for name in expected.keys() | weights.keys():
+    for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             lacking = "the checkpoint" if name not in weights else "the model"
             raise UserError(

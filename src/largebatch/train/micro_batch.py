@@ -18,20 +18,23 @@ def divisors(batch_size: int, largest: int = _LARGEST) -> list[int]:
     return [size for size in range(1, min(batch_size, largest) + 1) if batch_size % size == 0]
 
 
-def find_micro_batch(probe: Callable[[int], None], batch_size: int, device: torch.device) -> int:
+def find_micro_batch(
+    probe: Callable[[int], None], batch_size: int, device: torch.device, reserve_bytes: int = 0
+) -> int:
     """Choose a divisor of `batch_size` by trying some.
 
     Args:
         probe: `probe(size)` runs forward and backward on a micro-batch of this many samples of full length.
         batch_size: samples of this rank in a global batch.
         device: where the probe runs.
+        reserve_bytes: memory to leave for what the probe does not allocate, such as the optimizer's state.
 
     Returns:
         On CUDA the largest size that leaves a margin of memory, on a CPU the one with the least time per sample.
     """
     candidates = _thin_out(divisors(batch_size))
     if device.type == "cuda":
-        return _largest_that_fits(probe, candidates, device)
+        return _largest_that_fits(probe, candidates, device, reserve_bytes)
     return _fastest(probe, candidates, device)
 
 
@@ -44,8 +47,10 @@ def _thin_out(sizes: list[int]) -> list[int]:
     return kept
 
 
-def _largest_that_fits(probe: Callable[[int], None], candidates: list[int], device: torch.device) -> int:
-    total = torch.cuda.get_device_properties(device).total_memory
+def _largest_that_fits(
+    probe: Callable[[int], None], candidates: list[int], device: torch.device, reserve_bytes: int
+) -> int:
+    limit = _MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory - reserve_bytes
     best = candidates[0]
     for size in candidates:
         torch.cuda.empty_cache()
@@ -55,7 +60,7 @@ def _largest_that_fits(probe: Callable[[int], None], candidates: list[int], devi
             torch.cuda.synchronize(device)
         except torch.OutOfMemoryError:
             break
-        if torch.cuda.max_memory_reserved(device) > _MEMORY_SHARE * total:
+        if torch.cuda.max_memory_reserved(device) > limit:
             break
         best = size
     torch.cuda.empty_cache()
