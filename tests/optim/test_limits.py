@@ -8,7 +8,7 @@ import pytest
 import torch
 from optim_cases import BACKENDS, build, give_gradients, largest_difference, layers, run
 
-from largebatch import LAMB, LARS, NLAMB, Layerwise
+from largebatch import LAMB, LARS, Layerwise
 
 EQUAL = 1e-12
 
@@ -135,18 +135,6 @@ def test_a_step_of_an_adapted_layer_is_its_rate_long(backend: str) -> None:
         run(optimizer, params, 1)
         for x, old in zip(params, before, strict=True):
             assert float((x.detach() - old).norm() / (1e-3 * old.norm())) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nlamb_without_its_ratio_has_nadams_first_moment(backend: str) -> None:
-    # torch's NAdam schedules its momentum: μ_t = β₁(1 − 0.5·0.96^(ψt)). With ψ = 0 that is the constant β₁/2, and its
-    # numerator is N-LAMB's with β₁ = μ, though m itself decays by β₁. β₁ = 0 makes both zero: r = g/(√v̂ + ε), where
-    # N-LAMB has v̂ = β₂ v/(1 − β₂ᵗ), so that √β₂ goes into the rate.
-    beta2, lr = 0.9, 1e-2
-    nadam = after(lambda p: torch.optim.NAdam(p, lr=lr, betas=(0.0, beta2), eps=0.0, momentum_decay=0.0))
-    settings = {"betas": (0.0, beta2), "eps": 0.0, "weight_decay": 0.0, "adapt": False, "backend": backend}
-    assert largest_difference(after(lambda p: NLAMB(p, lr=lr * beta2**0.5, **settings)), nadam) < EQUAL
-    assert largest_difference(after(lambda p: NLAMB(p, lr=lr, **settings)), nadam) > 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -188,7 +188,7 @@ class NLAMB(LAMB):
 
     m̂ = β₁ m / (1 − β₁ᵗ⁺¹) + (1 − β₁) g / (1 − β₁ᵗ),  v̂ = β₂ v / (1 − β₂ᵗ)
 
-    and without ``bias_correction`` the denominators are left out. docs/nesterov.md derives it. The paper reports an
+    and without ``bias_correction`` the denominators are left out. docs/mathematics.md derives it. The paper reports an
     accuracy comparable to LAMB's on ImageNet at a batch of 32K; reach for it when you already tune momentum.
 
     Source: the paper's Algorithm 3, with a constant β₁; the defaults are Dozat's for Nadam, as in the paper.
