@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format docs bench clean
 
 demo: $(VENV)/.installed ## raw text to an evaluated BERT, in minutes
 	$(BIN)/largebatch demo
@@ -23,6 +23,9 @@ check: $(VENV)/.installed-dev ## lint, format, types
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: ## the API pages, from the docstrings
+	$(PYTHON) docs/build_api.py
 
 bench: $(VENV)/.installed-dev ## optimizer step, data pipeline, BERT step
 	$(BIN)/python -m benchmarks

@@ -47,10 +47,22 @@ def test_the_documents_examples_run(document: str, tmp_path: Path, monkeypatch: 
     assert result.failed == 0, log
 
 
-def test_the_guide_has_examples() -> None:
-    """If the fences or prompts changed, the test above would pass on nothing."""
-    text = (REPOSITORY / "docs/large-batch-guide.md").read_text(encoding="utf-8")
-    assert examples(text).count(">>>") >= 20
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_documents_links_lead_somewhere(document: str) -> None:
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", text):
+        path = (REPOSITORY / document).parent / target if target else REPOSITORY / document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings], anchor
+
+
+@pytest.mark.parametrize("document", ["choosing", "dialects", "large-batch-guide", "mathematics"])
+def test_the_documents_have_examples(document: str) -> None:
+    """If the fences or prompts changed, the tests above would pass on nothing."""
+    text = (REPOSITORY / f"docs/{document}.md").read_text(encoding="utf-8")
+    assert examples(text).count(">>>") >= 8
 
 
 def test_a_wrong_example_is_seen() -> None:
