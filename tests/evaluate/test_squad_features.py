@@ -194,6 +194,23 @@ def test_questions_without_a_right_offset_are_not_trained_on(
     assert features.trainable.tolist() == [False, True]
 
 
+def test_windows_without_their_answer_can_be_left_out_of_training(
+    squad_file: Callable[..., Path], tokenizer: Tokenizer
+) -> None:
+    context = " ".join(["One thing comes after another."] * 20) + " It is in Europe."
+    features = squad_features(
+        read_squad(squad_file((context, "Where?", "Europe"))).examples,
+        tokenizer,
+        max_seq_length=64,
+        doc_stride=32,
+        max_query_length=16,
+    )
+    holds = features.start_positions > 0
+    assert 0 < holds.sum() < len(features)
+    assert features.trainable.all()
+    assert features.answered().trainable.tolist() == holds.tolist()
+
+
 def test_batches_are_padded_to_their_longest(extract: dict[str, SquadDataset], tokenizer: Tokenizer) -> None:
     features = squad_features(extract["test"].examples[:40], tokenizer)
     windows = np.argsort(features.lengths)[:3]

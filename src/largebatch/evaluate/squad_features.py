@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,6 +47,14 @@ class SquadFeatures:
     def lengths(self) -> np.ndarray:
         """Tokens of each window, [F] int64."""
         return np.diff(self.offsets)
+
+    def answered(self) -> SquadFeatures:
+        """The same windows, of which only those that hold their answer are trained on.
+
+        SQuAD's own recipe trains the others to point at [CLS]. Where windows are short most are of that kind, and a
+        small model then learns little else.
+        """
+        return dataclasses.replace(self, trainable=self.trainable & (self.start_positions > 0))
 
     def text(self, window: int, start: int, end: int) -> str:
         """The characters of the original context from token position `start` to `end`, both included."""

@@ -122,6 +122,7 @@ class SquadData:
     train: str = ""
     test: str = ""
     bad_answers: str = "error"
+    unanswered_windows: bool = True  # train windows that do not hold their answer to point at [CLS]; False drops them
     max_sequence_length: int = 384
     document_stride: int = 128
     max_query_length: int = 64

@@ -180,10 +180,10 @@ def squad_demo() -> SquadConfig:
     """What `largebatch demo` fine-tunes: a small encoder on a handful of articles."""
     return SquadConfig(
         recipe="squad-demo",
-        epochs=1.0,
+        epochs=3.0,
         optim=OptimConfig(name="adamw", lr=1e-3),
         stages=(StageConfig("squad", 32, 0, schedule="triangle", micro_batch_size=16),),
-        data=SquadData(max_sequence_length=128, document_stride=64, max_query_length=32),
+        data=SquadData(max_sequence_length=128, document_stride=64, max_query_length=32, unanswered_windows=False),
         trust_ratios_every=0,
     )
 

@@ -45,6 +45,8 @@ class SquadWorkload:
         self._tokenizer = self._encoder.tokenizer()
         training = [self._read(Path(part)) for part in config.data.train.split(",")]
         self._train_features = self.features([example for dataset in training for example in dataset])
+        if not config.data.unanswered_windows:
+            self._train_features = self._train_features.answered()
         self._test = self._read(Path(config.data.test))
         self._test_features = self.features(list(self._test))
         self.config = self._with_steps(config)
@@ -52,7 +54,7 @@ class SquadWorkload:
         self.details = {
             "bert": self.bert.to_hf(),
             "train_questions": sum(len(dataset) for dataset in training),
-            "train_windows": len(self._train_features),
+            "train_windows": int(self._train_features.trainable.sum()),
             "test_questions": len(self._test),
         }
         self.baselines: dict[str, float] = {}
