@@ -30,6 +30,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "experiments": (EVERYTHING - {"report"}, {"torch", "numpy", "tokenizers", "safetensors", "rich"}),
     "report": (set(), {"matplotlib"}),
     "cli": (EVERYTHING | {"experiments"}, {"rich"}),
+    "__main__": ({"cli"}, set()),
     "__init__": ({"schedules", "scaling", "optim"}, set()),
 }
 # The experiments' command functions are the body of the thin cli, and hand a run directory on to the report.

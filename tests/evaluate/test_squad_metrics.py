@@ -169,16 +169,17 @@ def test_scores(prediction: str, gold: list[str], em: float, f1: float) -> None:
 def test_missing_and_unknown_predictions_are_counted_and_said(extract: dict[str, SquadDataset]) -> None:
     examples = extract["test"].examples[:10]
     predictions = {example.id: example.gold_texts[0] for example in examples}
-    assert squad_score(examples, predictions).metrics() == {"exact_match": 100, "f1": 100}
-    assert str(squad_score(examples, predictions)) == "exact match 100.00%, F1 100.00% over 10 questions"
+    assert squad_score(examples, predictions).metrics() == {"exact_match": 100, "f1": 100, "f1_error": 0}
+    assert str(squad_score(examples, predictions)) == "exact match 100.00%, F1 100.00% (± 0.00) over 10 questions"
     for example in examples[:3]:
         del predictions[example.id]
     predictions |= {"nobody": "x", "asked": "y"}
     score = squad_score(examples, predictions)
     assert (score.num_questions, score.num_missing, score.num_unknown) == (10, 3, 2)
     assert score.exact_match == score.f1 == pytest.approx(70)
+    assert score.f1_error == pytest.approx(100 * (0.7 * 0.3 / 10) ** 0.5)
     assert str(score) == (
-        "exact match 70.00%, F1 70.00% over 10 questions; 3 without a prediction count 0; "
+        "exact match 70.00%, F1 70.00% (± 14.49) over 10 questions; 3 without a prediction count 0; "
         "2 predictions for unknown ids ignored"
     )
     with pytest.raises(ValueError, match="no questions"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import string
@@ -24,16 +25,17 @@ class SquadScore:
 
     exact_match: float
     f1: float
+    f1_error: float  # standard error of that average, over the questions: twice it, and a difference may be chance
     num_questions: int
     num_missing: int  # questions without a prediction: each counts 0
     num_unknown: int  # predictions for ids the file does not have: ignored
 
     def metrics(self) -> dict[str, float]:
-        """The two figures under the names that metrics files use."""
-        return {"exact_match": self.exact_match, "f1": self.f1}
+        """The figures under the names that metrics files use."""
+        return {"exact_match": self.exact_match, "f1": self.f1, "f1_error": self.f1_error}
 
     def __str__(self) -> str:
-        text = f"exact match {self.exact_match:.2f}%, F1 {self.f1:.2f}% over {self.num_questions} questions"
+        text = f"exact match {self.exact_match:.2f}%, F1 {self.f1:.2f}% (± {self.f1_error:.2f}) over {self.num_questions} questions"
         if self.num_missing:
             text += f"; {self.num_missing} without a prediction count 0"
         if self.num_unknown:
@@ -81,7 +83,7 @@ def squad_score(examples: Iterable[SquadExample], predictions: Mapping[str, str]
 
     Source: Rajpurkar et al. 2016, section 6.1, and the evaluation script published with SQuAD v1.1.
     """
-    exact = f1 = 0.0
+    exact = f1 = f1_squares = 0.0
     num_questions = num_missing = 0
     for example in examples:
         num_questions += 1
@@ -92,10 +94,20 @@ def squad_score(examples: Iterable[SquadExample], predictions: Mapping[str, str]
         em, overlap = answer_scores(prediction, example.gold_texts)
         exact += em
         f1 += overlap
+        f1_squares += overlap**2
     if not num_questions:
         raise ValueError("there are no questions to score")
     num_unknown = len(predictions) - (num_questions - num_missing)
-    return SquadScore(100 * exact / num_questions, 100 * f1 / num_questions, num_questions, num_missing, num_unknown)
+    mean = f1 / num_questions
+    variance = max(0.0, f1_squares / num_questions - mean**2)
+    return SquadScore(
+        exact_match=100 * exact / num_questions,
+        f1=100 * mean,
+        f1_error=100 * math.sqrt(variance / num_questions),
+        num_questions=num_questions,
+        num_missing=num_missing,
+        num_unknown=num_unknown,
+    )
 
 
 def read_predictions(path: str | os.PathLike[str]) -> dict[str, str]:

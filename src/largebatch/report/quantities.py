@@ -46,6 +46,7 @@ KNOWN = {
     "accuracy": Quantity("Accuracy", "%", 100),
     "mlm_accuracy": Quantity("MLM accuracy", "%", 100),
     "nsp_accuracy": Quantity("NSP accuracy", "%", 100),
+    "f1_error": Quantity("F1, standard error", "%"),
     "exact_match": Quantity("Exact match", "%"),
     "f1": Quantity("F1", "%"),
     "perplexity": Quantity("Perplexity", lower_is_better=True),
