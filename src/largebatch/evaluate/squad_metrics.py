@@ -35,7 +35,8 @@ class SquadScore:
         return {"exact_match": self.exact_match, "f1": self.f1, "f1_error": self.f1_error}
 
     def __str__(self) -> str:
-        text = f"exact match {self.exact_match:.2f}%, F1 {self.f1:.2f}% (± {self.f1_error:.2f}) over {self.num_questions} questions"
+        f1 = f"F1 {self.f1:.2f}% (± {self.f1_error:.2f})"
+        text = f"exact match {self.exact_match:.2f}%, {f1} over {self.num_questions} questions"
         if self.num_missing:
             text += f"; {self.num_missing} without a prediction count 0"
         if self.num_unknown:
