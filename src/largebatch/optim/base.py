@@ -98,10 +98,10 @@ class LayerwiseOptimizer(Optimizer):
             self._init_group(group)
             positions = range(first, first + len(group["params"]))
             names = group.get("param_names", positions)
-            found = [(*item, self.state[item[2]]) for item in zip(names, positions, group["params"], strict=True)]
-            found = [item for item in found if item[2].grad is not None]
-            hypers = self._hypers(group, [state for *_, state in found])
-            for (name, position, x, state), hyper in zip(found, hypers, strict=True):
+            found = [item for item in zip(names, positions, group["params"], strict=True) if item[2].grad is not None]
+            states = [self.state[x] for *_, x in found]
+            hypers = self._hypers(group, states)
+            for (name, position, x), state, hyper in zip(found, states, hypers, strict=True):
                 tensors = {key: state[key] for key in self.state_keys}
                 layer = Layer(name, position, state.get("master_param", x), x.grad, tensors, hyper, group)
                 by_device.setdefault(x.device, []).append(layer)
@@ -138,8 +138,7 @@ class LayerwiseOptimizer(Optimizer):
                 raise ValueError(f"{type(self).__name__} does not take sparse gradients: make the embedding dense")
             state = self.state[x]
             if self.counts_steps and "step" not in state:
-                device = x.device if group["capturable"] else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device(x, group))
             for key in self.state_keys:
                 if key not in state:
                     state[key] = torch.zeros_like(x, dtype=precision.state_dtype(x, self.state_dtype))
@@ -183,7 +182,8 @@ class LayerwiseOptimizer(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:  # a state dict of an older version, or of another optimizer
             for key, value in self.defaults.items():
-                group.setdefault(key, value)
+                if key != "differentiable":  # which torch's __setstate__ adds, and which means nothing here
+                    group.setdefault(key, value)
         self._ratios = {}
         self._choose_backend()
 
@@ -203,9 +203,8 @@ class LayerwiseOptimizer(Optimizer):
         finally:
             handle.remove()
         ids = [number for group in as_loaded["param_groups"] for number in group["params"]]
-        capturable = [group["capturable"] for group in self.param_groups for _ in group["params"]]
-        params = [x for group in self.param_groups for x in group["params"]]
-        for number, x, on_device in zip(ids, params, capturable, strict=True):
+        params = [(x, group) for group in self.param_groups for x in group["params"]]
+        for number, (x, group) in zip(ids, params, strict=True):
             loaded, state = as_loaded["state"].get(number, {}), self.state.get(x, {})
             for key in (*self.state_keys, "master_param"):
                 if key in loaded:
@@ -213,5 +212,16 @@ class LayerwiseOptimizer(Optimizer):
                     state[key] = loaded[key].detach().to(x.device, dtype, copy=True)
             if self.counts_steps and state:
                 check("state_dict", sorted(map(str, state)), "step" in state, "a step count beside every state")
-                device = x.device if on_device else "cpu"
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device).clone()
+                step = torch.as_tensor(state["step"], dtype=torch.float32, device=step_device(x, group))
+                state["step"] = step.clone()
+
+
+def step_device(x: Tensor, group: dict[str, Any]) -> torch.device:
+    """Return where the step count of a layer lives: on the host, unless a CUDA graph is to hold the step."""
+    return x.device if group["capturable"] else torch.device("cpu")
+
+
+def rate_of(group: dict[str, Any]) -> float | Tensor:
+    """Return the group's learning rate, a number or a 0-D tensor; torch takes tensors of one element in any shape."""
+    lr: float | Tensor = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import norms
-from .base import LayerwiseOptimizer
+from .base import LayerwiseOptimizer, rate_of
 from .checks import check, is_interval
 from .dialects import dialect
 from .norms import Phi
@@ -145,7 +145,7 @@ class LAMB(LayerwiseOptimizer):
 
     def _hyper(self, group: dict[str, Any], t: Any) -> Hyper:
         (beta1, beta2), correction = group["betas"], group["bias_correction"]
-        lr, weight_decay, decoupled = group["lr"], group["weight_decay"], group["decoupled_weight_decay"]
+        lr, weight_decay, decoupled = rate_of(group), group["weight_decay"], group["decoupled_weight_decay"]
         m_scale, g_scale, v_scale, g_sq_scale = self._scales(beta1, beta2, t, correction is True)
         return Hyper(
             t=t,
@@ -173,7 +173,7 @@ class LAMB(LayerwiseOptimizer):
         if not group["always_adapt"] and group["weight_decay"] == 0:
             return torch.ones_like(x_norm)
         if group["decoupled_weight_decay"]:  # which comes first, and shortens x
-            x_norm = x_norm * abs(1 - group["lr"] * group["weight_decay"])
+            x_norm = x_norm * abs(1 - rate_of(group) * group["weight_decay"])
         ratio = norms.trust_ratio(x_norm, u_norm, group["phi"])
         bounds = group["ratio_bounds"]
         if bounds is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import norms
-from .base import LayerwiseOptimizer
+from .base import LayerwiseOptimizer, rate_of
 from .checks import check
 from .norms import Phi
 
@@ -120,7 +120,7 @@ class LARS(LayerwiseOptimizer):
         check("trust_coefficient", group["trust_coefficient"], group["trust_coefficient"] > 0, "a number > 0")
 
     def _hyper(self, group: dict[str, Any], t: None) -> Hyper:
-        return Hyper(group["lr"], group["momentum"], group["weight_decay"], group["nesterov"], group["maximize"])
+        return Hyper(rate_of(group), group["momentum"], group["weight_decay"], group["nesterov"], group["maximize"])
 
     def _trust_ratio(self, x_norm: Tensor, u_norm: Tensor, group: dict[str, Any]) -> Tensor:
         divisor = u_norm + group["eps"]

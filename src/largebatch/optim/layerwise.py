@@ -10,6 +10,7 @@ from torch.optim.asgd import ASGD
 from torch.optim.rprop import Rprop
 
 from . import norms
+from .base import rate_of
 from .checks import check, check_phi
 from .precision import compute_dtype
 
@@ -92,7 +93,7 @@ class Layerwise(Optimizer):
             for layer, ratio in zip(moved, ratios.unbind(), strict=True):
                 self._ratios[layer.name] = ratio
                 if layer.group["adapt"]:
-                    layer.x.copy_(layer.old.to(compute_dtype(layer.x)) - layer.group["lr"] * ratio * update(layer))
+                    layer.x.copy_(layer.old.to(compute_dtype(layer.x)) - rate_of(layer.group) * ratio * update(layer))
         return loss
 
     def _step_at_unit_rate(self) -> Iterable[list[Moved]]:
