@@ -1,0 +1,134 @@
+"""Do the tests notice a flipped sign or a swapped term? Mutations of the source, each of which should turn them red.
+
+Operators, comparisons, signs, numbers and truth values become others; a - b becomes b - a, f(a, b) becomes f(b, a),
+(a, b) becomes (b, a); a condition is negated; a statement is left out.
+
+    python dev/mutate.py src/largebatch/optim/lamb.py ... [-- PYTEST ARGUMENTS]
+
+Run it on a copy of the repository: the files are rewritten while it works. Each mutant gets the tests in a forked
+process, until the first failure. Survivors are printed as they are found, the score at the end.
+"""
+
+import ast
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+TIMEOUT_S = 240
+OPERATORS: dict[type, type] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+UNSWAPPABLE = (ast.Add, ast.Mult, ast.BitAnd, ast.BitOr, ast.BitXor)  # the order of their operands says nothing
+
+Edit = Callable[[], None]
+
+
+def edits(tree: ast.Module) -> Iterator[tuple[ast.AST, str, Edit]]:
+    """Yield every mutation of ``tree`` as the node it is at, what it does, and what does it to ``tree`` in place."""
+    for node in ast.walk(tree):
+        yield from swaps(node)
+        yield from omissions(node)
+        yield from changes(node)
+
+
+def swaps(node: ast.AST) -> Iterator[tuple[ast.AST, str, Edit]]:
+    def swap(items: list[ast.expr], i: int) -> Edit:
+        return lambda: items.__setitem__(slice(i, i + 2), items[i : i + 2][::-1])
+
+    if isinstance(node, ast.BinOp) and not isinstance(node.op, UNSWAPPABLE):
+        yield node, "swap operands", lambda: node.__dict__.update(left=node.right, right=node.left)
+    if isinstance(node, ast.Call | ast.Tuple):
+        items = node.args if isinstance(node, ast.Call) else node.elts
+        for i in range(len(items) - 1):
+            if ast.dump(items[i]) != ast.dump(items[i + 1]):
+                yield node, f"swap {ast.unparse(items[i])} and {ast.unparse(items[i + 1])}", swap(items, i)
+
+
+def omissions(node: ast.AST) -> Iterator[tuple[ast.AST, str, Edit]]:
+    if isinstance(node, ast.If | ast.IfExp | ast.While):
+        yield node.test, "negate", lambda: setattr(node, "test", ast.UnaryOp(ast.Not(), node.test))
+    for name in ("body", "orelse", "finalbody"):
+        body = getattr(node, name, None)
+        for i, statement in enumerate(body if isinstance(body, list) else ()):
+            docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+            if isinstance(statement, ast.Expr | ast.AugAssign | ast.Raise) and not docstring:
+                yield statement, "leave out", lambda body=body, i=i: body.__setitem__(i, ast.Pass())
+
+
+def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str, Edit]]:
+    if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in OPERATORS:
+        yield node, "another operator", lambda: setattr(node, "op", OPERATORS[type(node.op)]())
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in OPERATORS:
+        yield node, "another comparison", lambda: node.ops.__setitem__(0, OPERATORS[type(node.ops[0])]())
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield node, "without its sign", lambda: setattr(node, "op", ast.UAdd())
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield node, "not", lambda: setattr(node, "value", not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield node, "another number", lambda: setattr(node, "value", node.value * 2 + 1)
+
+
+def mutants(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the description and the source of every mutant of a file."""
+    tree = ast.parse(text)
+    for number, (node, what, _) in enumerate(edits(tree)):
+        mutated = copy.deepcopy(tree)
+        list(edits(mutated))[number][2]()
+        yield f"{node.lineno}: {what}: {ast.unparse(node)}", ast.unparse(ast.fix_missing_locations(mutated))
+
+
+def survives(arguments: list[str]) -> bool:
+    """Run the tests in a fork, which has torch loaded and imports the mutant; True if they pass."""
+    pid = os.fork()
+    if pid == 0:
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        import pytest
+
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])))
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.02)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    return False
+
+
+def main(arguments: list[str]) -> None:
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    files, tests = arguments[:split], arguments[split + 1 :]
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(Path("src").resolve()))
+    import pytest  # noqa: F401, loaded once, before the forks
+    import torch
+
+    torch.set_num_threads(1)
+    assert survives(tests), "the tests fail without any mutation"
+    killed = total = 0
+    for path in map(Path, files):
+        text = path.read_text(encoding="utf-8")
+        try:
+            for what, mutated in mutants(text):
+                path.write_text(mutated, encoding="utf-8")
+                total += 1
+                if survives(tests):
+                    print(f"survived: {path.name}:{what}", flush=True)
+                else:
+                    killed += 1
+        finally:
+            path.write_text(text, encoding="utf-8")
+        print(f"{path.name}: {killed} of {total} killed so far", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
