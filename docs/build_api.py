@@ -24,6 +24,7 @@ PAGES: dict[str, tuple[str, str, dict[str, list[str]]]] = {
             "optim/base.py": ["LayerwiseOptimizer"],
             "optim/groups.py": ["param_groups"],
             "optim/dialects.py": ["dialect", "convert_state_dict"],
+            "optim/norms.py": ["flat_partition"],
         },
     ),
     "schedules": (

@@ -14,7 +14,7 @@ from largebatch.optim import norms
 
 def whole(x: torch.Tensor, norm: str) -> float:
     pieces = norms.measure([x], norm)
-    return float(norms.combine(norms.join(pieces, [0], norm), [x], norm)[0])
+    return float(norms.combine(norms.join(pieces, [0], norm), [()], norm)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -43,7 +43,7 @@ def test_every_length_of_vector(count: int, norm: str) -> None:
 def test_pieces_of_several_layers_join_by_owner(norm: str) -> None:
     tiles = [torch.randn(3000, dtype=torch.float64) for _ in range(3)]
     joined = norms.join(norms.measure(tiles, norm), [0, 0, 1], norm)
-    together = norms.combine(joined, [], norm)
+    together = norms.combine(joined, [(), ()], norm)
     for ours, x in zip(together, (torch.cat(tiles[:2]), tiles[2]), strict=True):
         assert float(ours) == pytest.approx(float(torch.linalg.vector_norm(x, norms.ORDERS[norm])), rel=1e-13)
 

@@ -11,17 +11,24 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from .precision import WHOLE, Origin
+
 
 class Layer(NamedTuple):
-    """One parameter that has a gradient, with all that one step of it takes."""
+    """What this process holds of one parameter that has a gradient, with all that one step of it takes.
+
+    The tensors are plain ones, also where the parameter is distributed.
+    """
 
     name: str | int
-    position: int  # among all parameters of the optimizer, in the order of the groups
+    position: int  # among all layers of the optimizer, in the order of the groups
     x: Tensor  # the weights that the mathematics moves: the parameter, or its float32 master copy
     g: Tensor
     state: dict[str, Tensor]  # the tensors of the rule's state, without the step count
     hyper: Any  # the rule's numbers at this step; layers that have the same numbers share the object
     group: dict[str, Any]
+    cut: tuple[Any, ...] = ()  # `norms.Cut`; not empty if other processes hold the rest of the layer
+    origin: Origin = WHOLE  # where in the layer these elements lie, if the state is rounded by chance
 
 
 class Backend(Protocol):

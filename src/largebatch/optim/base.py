@@ -62,7 +62,7 @@ class LayerwiseOptimizer(Optimizer):
         self._ratios.clear()  # in place: a compiled step would lose an assignment to an attribute (torch 2.13)
         for layers in self._layers_by_device():
             local, memory = self._backend.direction(self.rule, layers, self.norm)
-            x_norms, u_norms = norms.combine(local, [layer.x for layer in layers], self.norm).unbind()
+            x_norms, u_norms = norms.combine(local, [layer.cut for layer in layers], self.norm).unbind()
             ratios = norms.trust_ratios(x_norms, u_norms, [layer.group for layer in layers], self._trust_ratio)
             self._backend.apply(self.rule, layers, ratios, memory)
             self._ratios.update(zip((layer.name for layer in layers), ratios.unbind(), strict=True))
@@ -93,19 +93,25 @@ class LayerwiseOptimizer(Optimizer):
     def _layers_by_device(self) -> Iterator[list[Layer]]:
         """Gather the parameters that have a gradient, their step counted, device by device."""
         by_device: dict[torch.device, list[Layer]] = {}
-        first = 0
+        moving = [x for group in self.param_groups for x in group["params"] if x.grad is not None]
+        gradients = iter(norms.gradients(moving))
+        position = 0
         for group in self.param_groups:
             self._init_group(group)
-            positions = range(first, first + len(group["params"]))
-            names = group.get("param_names", positions)
-            found = [item for item in zip(names, positions, group["params"], strict=True) if item[2].grad is not None]
-            states = [self.state[x] for *_, x in found]
-            hypers = self._hypers(group, states)
-            for (name, position, x), state, hyper in zip(found, states, hypers, strict=True):
-                tensors = {key: state[key] for key in self.state_keys}
-                layer = Layer(name, position, state.get("master_param", x), x.grad, tensors, hyper, group)
-                by_device.setdefault(x.device, []).append(layer)
-            first = positions.stop
+            names = group.get("param_names", [None] * len(group["params"]))
+            found = []
+            for x, name in zip(group["params"], names, strict=True):
+                parts = norms.parts(x, name, position, with_origin=self.state_dtype is torch.bfloat16)
+                position += len(parts)
+                if x.grad is not None:
+                    found.append((x, next(gradients), self.state[x], parts))
+            hypers = self._hypers(group, [state for _, _, state, _ in found])
+            for (x, g, state, parts), hyper in zip(found, hypers, strict=True):
+                weights = state.get("master_param", x)
+                for part in parts:
+                    tensors = {key: part.of(state[key]) for key in self.state_keys}
+                    layer = Layer(*part[:2], part.of(weights), part.of(g), tensors, hyper, group, part.cut, part.origin)
+                    by_device.setdefault(x.device, []).append(layer)
         yield from by_device.values()
 
     def _hypers(self, group: dict[str, Any], states: list[dict[str, Any]]) -> list[Any]:
@@ -149,7 +155,7 @@ class LayerwiseOptimizer(Optimizer):
         """Copy the float32 masters into the parameters that the model computes with."""
         for x, state in self.state.items():
             if "master_param" in state and x.grad is not None:
-                x.copy_(state["master_param"])
+                norms.local(x).copy_(norms.local(state["master_param"]))
 
     # ---- groups and state dicts ----
 
@@ -165,14 +171,14 @@ class LayerwiseOptimizer(Optimizer):
         try:
             for x in self.param_groups[-1]["params"]:
                 check("params", x.dtype, not x.is_complex(), "real parameters; complex ones are not supported")
-                check("params", type(x).__name__, not norms.is_sharded(x), "tensors that one process holds whole")
+                norms.parts(x, None, 0)
             self._choose_backend()
         except ValueError:
             self.param_groups.pop()
             raise
 
     def _choose_backend(self) -> None:
-        params = [x for group in self.param_groups for x in group["params"]]
+        params = [norms.local(x) for group in self.param_groups for x in group["params"]]
         self._backend = backends.choose(self.asked_backend, self.rule, params)
 
     def __getstate__(self) -> dict[str, Any]:

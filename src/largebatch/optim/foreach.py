@@ -220,7 +220,7 @@ def write(bucket: Bucket, state: dict[str, Tensors], layers: Sequence[Layer]) ->
         if values is targets:
             continue
         for target, value, owner, start in zip(targets, values, bucket.owners, bucket.starts, strict=True):
-            store(target, value, bucket.hyper, layers[owner].position, salt, start)
+            store(target, value, layers[owner], salt, start)
             value.copy_(target)
 
 

@@ -22,9 +22,10 @@ class Moved(NamedTuple):
     """A layer that the base optimizer has moved."""
 
     name: str | int
-    x: Tensor
+    x: Tensor  # what this process holds of it
     old: Tensor  # what x was, if its group adapts
     group: dict[str, Any]
+    cut: norms.Cut
 
 
 class Layerwise(Optimizer):
@@ -88,7 +89,7 @@ class Layerwise(Optimizer):
             measured_u = [norms.measure([update(layer)], self.norm)[0] for layer in moved]
             owners = range(len(moved))
             local = torch.stack([norms.join(pieces, owners, self.norm) for pieces in (measured, measured_u)])
-            x_norms, u_norms = norms.combine(local, [layer.x for layer in moved], self.norm).unbind()
+            x_norms, u_norms = norms.combine(local, [layer.cut for layer in moved], self.norm).unbind()
             ratios = norms.trust_ratios(x_norms, u_norms, [layer.group for layer in moved], self._trust_ratio)
             for layer, ratio in zip(moved, ratios.unbind(), strict=True):
                 self._ratios[layer.name] = ratio
@@ -99,14 +100,16 @@ class Layerwise(Optimizer):
     def _step_at_unit_rate(self) -> Iterable[list[Moved]]:
         """Let the base optimizer step, adapted groups at rate 1, and return what it moved, device by device."""
         by_device: dict[torch.device, list[Moved]] = {}
-        first, rates = 0, [group["lr"] for group in self.param_groups]
+        position, rates = 0, [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
-            names = group.get("param_names", range(first, first + len(group["params"])))
-            first += len(group["params"])
-            for name, x in zip(names, group["params"], strict=True):
+            names = group.get("param_names", [None] * len(group["params"]))
+            for x, name in zip(group["params"], names, strict=True):
+                parts = norms.parts(x, name, position)
+                position += len(parts)
                 if x.grad is not None:
                     old = x.detach().clone() if group["adapt"] else x
-                    by_device.setdefault(x.device, []).append(Moved(name, x, old, group))
+                    layers = [Moved(part.name, part.of(x), part.of(old), group, part.cut) for part in parts]
+                    by_device.setdefault(x.device, []).extend(layers)
             if group["adapt"]:
                 group["lr"] = torch.ones_like(group["lr"]) if isinstance(group["lr"], Tensor) else 1.0
         try:

@@ -1,4 +1,4 @@
-"""Layer norms and trust ratios: the only file of the optimizers that may know of shards.
+"""Layer norms and trust ratios: the only file of the optimizers that knows of shards.
 
 A norm is taken in two halves, so that a layer that is cut into shards has the norm of the whole layer:
 
@@ -7,13 +7,19 @@ A norm is taken in two halves, so that a layer that is cut into shards has the n
 2. `combine` reduces those numbers over the processes that hold the rest, and finishes (l2: the square root).
 
 A process that holds every layer whole is the degenerate case, in which the second half communicates nothing.
+
+What a process holds of a layer is a `Part`: all of it, its shard of a DTensor (FSDP2, tensor parallelism, any mesh of
+them), or its segment of a flat tensor that several layers share (`flat_partition`).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .precision import WHOLE, Origin
 
 Phi = None | tuple[float, float] | Callable[[Tensor], Tensor]
 
@@ -76,18 +82,201 @@ def total_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def combine(local: Tensor, layers: Sequence[Tensor], norm: str) -> Tensor:
-    """Turn what this process holds of the norms, [k, L], into the norms of the whole ``layers``, [k, L].
+def combine(local: Tensor, cuts: Sequence["Cut"], norm: str) -> Tensor:
+    """Turn what this process holds of the norms, [k, L], into the norms of the whole layers, [k, L].
 
-    This is where sharded layers meet: all k·L numbers are one tensor so that it takes at most one all-reduce for each
-    process group over which any of the layers is cut. Layers that are held whole need none.
+    This is where sharded layers meet. The numbers of all layers travel together, so that there is one all-reduce for
+    each process group over which any of them is cut, and none if there is no such group.
+
+    Args:
+        local: as `join` makes it, or several of them stacked.
+        cuts: over which processes each layer is cut. All of those processes must pass the same layers in one order.
+        norm: "l2", "l1" or "linf".
     """
+    for group, device_type in dict.fromkeys(over for cut in cuts for over in cut):
+        columns = list(local.unbind(-1))
+        meeting = [i for i, cut in enumerate(cuts) if (group, device_type) in cut]
+        numbers = torch.stack([columns[i] for i in meeting]).to(device_type)  # elsewhere only if FSDP2 offloads to CPU
+        all_reduce(numbers, "max" if norm == "linf" else "sum", group)
+        for i, whole in zip(meeting, numbers.to(local.device), strict=True):
+            columns[i] = whole
+        local = torch.stack(columns, -1)
     return local.sqrt() if norm == "l2" else local
+
+
+def all_reduce(tensor: Tensor, operation: str, group: Any) -> None:
+    """Reduce ``tensor``, in place, over the processes of a group."""
+    from torch import distributed
+
+    distributed.all_reduce(tensor, getattr(distributed.ReduceOp, operation.upper()), group)
+
+
+# ---- what this process holds of a layer ----
+
+# The process groups over which a layer is cut, each with the type of device that its messages are on.
+Cut = tuple[tuple[Any, str], ...]
+
+
+class Part(NamedTuple):
+    """What this process holds of one layer."""
+
+    name: str | int
+    position: int  # among all layers of the optimizer
+    cut: Cut = ()
+    segment: slice | None = None  # of a flat tensor
+    origin: Origin = WHOLE
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return this part of a tensor that is cut like the parameter: a view."""
+        held = local(tensor)
+        return held if self.segment is None else held[self.segment]
+
+
+class FlatPartition(NamedTuple):
+    """What a flat tensor holds: a stretch, from ``start``, of the concatenation of all ``layers``."""
+
+    layers: Mapping[str, int]
+    start: int
+    cut: Cut
+
+
+def flat_partition(tensor: Tensor, layers: Mapping[str, int], start: int, group: Any = None) -> Tensor:
+    """Tell the optimizers which layers a flat tensor holds segments of, as ZeRO's partitions do.
+
+    The trust ratios are then those of the layers, as if each were a tensor of its own, and one all-reduce over the
+    group finds them all. Elements behind the last layer are padding, and part of no layer.
+
+    Args:
+        tensor: 1-D, this process's stretch of the concatenation of all layers. It takes one parameter group's settings.
+        layers: the number of elements of every layer, by name, in the order of the concatenation; the same on all
+            processes, whatever they hold of it. The names are the keys of `trust_ratios()`.
+        start: where in the concatenation ``tensor`` begins.
+        group: the processes that hold the other stretches; None is all of them.
+
+    Returns:
+        ``tensor``, marked: pass this very object to the optimizer.
+
+    Raises:
+        ValueError: the tensor is not flat, or a size or the start is negative.
+
+    Example:
+        >>> import torch
+        >>> from largebatch import LAMB
+        >>> from largebatch.optim import flat_partition
+        >>> flat = torch.nn.Parameter(torch.ones(10))  # on one process, which needs no group
+        >>> optimizer = LAMB([flat_partition(flat, {"weight": 6, "bias": 4}, start=0)])
+        >>> flat.grad = torch.ones(10)
+        >>> optimizer.step()
+        >>> sorted(optimizer.trust_ratios())
+        ['bias', 'weight']
+    """
+    from torch import distributed
+
+    if tensor.dim() != 1 or is_sharded(tensor):
+        raise ValueError(f"tensor of shape {list(tensor.shape)}: expected a plain tensor of one dimension")
+    if start < 0 or any(size < 0 for size in layers.values()):
+        raise ValueError(f"start={start}, layers={dict(layers)}: expected no negative number")
+    many = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
+    cut: Cut = ((group or distributed.group.WORLD, tensor.device.type),) if many else ()
+    tensor._flat_partition = FlatPartition(dict(layers), start, cut)  # type: ignore[attr-defined]
+    return tensor
 
 
 def is_sharded(x: Tensor) -> bool:
     """Say whether ``x`` is one process's part of a distributed tensor."""
     return hasattr(x, "placements")  # DTensor, whose import would cost every user of one process half a second
+
+
+def parts(x: Tensor, name: str | int | None, position: int, with_origin: bool = False) -> list[Part]:
+    """Say what this process holds of the layers of a parameter: one layer, but for flat partitions.
+
+    Args:
+        x: the parameter.
+        name: its name; None if it has none but its position.
+        position: how many layers come before it.
+        with_origin: whether to find out the origin of a shard, which takes some time.
+
+    Raises:
+        ValueError: it cannot be told which elements of which layer the parameter holds.
+    """
+    name = position if name is None else name
+    if is_sharded(x):
+        return [Part(name, position, cut_of(x, name), origin=origin_of(x) if with_origin else WHOLE)]
+    if getattr(x, "_fsdp_flattened", False):  # torch's mark on the parameters of FSDP1, use_orig_params or not
+        raise ValueError(
+            f"parameter {name!r} is wrapped by FullyShardedDataParallel (FSDP1), which cuts layers apart and leaves no "
+            "record of where; use torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
+    flat: FlatPartition | None = getattr(x, "_flat_partition", None)
+    if flat is None:
+        return [Part(name, position)]
+    found: list[Part] = []
+    offset = -flat.start
+    for layer, size in flat.layers.items():  # those held elsewhere too: all processes have the same list
+        held = slice(*(min(max(bound, 0), x.numel()) for bound in (offset, offset + size)))
+        found.append(Part(layer, position + len(found), flat.cut, held, Origin(max(-offset, 0))))
+        offset += size
+    return found
+
+
+def cut_of(x: Any, name: str | int) -> Cut:
+    """Return the process groups over which a DTensor is cut: one for each dimension of its mesh that shards it."""
+    cut = []
+    for dim, placement in enumerate(x.placements):
+        if placement.is_partial():
+            raise ValueError(
+                f"parameter {name!r} is placed as {x.placements}, a sum that no process holds: redistribute it first"
+            )
+        if not placement.is_replicate() and x.device_mesh.size(dim) > 1:
+            cut.append((x.device_mesh.get_group(dim), x.device_mesh.device_type))
+    return tuple(cut)
+
+
+def local(x: Any) -> Tensor:
+    """Return what this process holds of a tensor, in the same memory: the tensor itself, or a DTensor's shard."""
+    if not is_sharded(x):
+        return x  # type: ignore[no-any-return]
+    shard: Any = x.to_local()
+    return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]
+
+
+def gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of ``params``, which all have one, each cut as its parameter is.
+
+    Tensor parallelism leaves some as sums that are still to be taken over a dimension of the mesh (of the layer norms
+    under `SequenceParallel`, for one). Those travel together, one all-reduce for each process group.
+    """
+    found: list[Any] = [x.grad for x in params]
+    pending: dict[Any, list[int]] = {}
+    x: Any
+    for i, (x, g) in enumerate(zip(params, found, strict=True)):
+        if is_sharded(x) and g.placements != x.placements:
+            sums = [dim for dim, placement in enumerate(g.placements) if placement.is_partial("sum")]
+            if len(sums) == 1 and x.placements[sums[0]].is_replicate():
+                pending.setdefault((g.device_mesh.get_group(sums[0]), g.dtype, g.device), []).append(i)
+            else:
+                found[i] = g.redistribute(placements=x.placements)
+    for (group, *_), waiting in pending.items():
+        summands = [local(found[i]) for i in waiting]
+        together = torch.cat([summand.reshape(-1) for summand in summands])
+        all_reduce(together, "sum", group)
+        for i, summand, total in zip(waiting, summands, together.split([a.numel() for a in summands]), strict=True):  # type: ignore[no-untyped-call]
+            x, whole = params[i], total.view(summand.shape)
+            found[i] = type(x).from_local(whole, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
+    return found
+
+
+def origin_of(x: Any) -> Origin:
+    """Say where the elements of a DTensor's shard lie in the layer."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    start = sum(first * math.prod(x.shape[dim + 1 :]) for dim, first in enumerate(offset))
+    narrowed = [dim for dim in range(1, x.dim()) if shape[dim] != x.shape[dim]]
+    if not narrowed:  # rows, which lie together
+        return Origin(start)
+    run = math.prod(shape[narrowed[-1] :])
+    return Origin(start, max(run, 1), math.prod(x.shape[narrowed[-1] :]) - run)
 
 
 def phi_of(phi: Phi, x_norm: Tensor) -> Tensor:

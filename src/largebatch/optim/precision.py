@@ -7,12 +7,23 @@ from torch's generator, so that every backend rounds alike, a resumed run rounds
 dropout is not disturbed.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+
+
+class Origin(NamedTuple):
+    """Where the elements a process holds lie in their layer, both in order: i at start + i + (i // run) · skip."""
+
+    start: int = 0
+    run: int = 1
+    skip: int = 0
+
+
+WHOLE = Origin()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -41,23 +52,27 @@ def seed_of(t: float | Tensor, position: int, salt: int) -> Tensor:
     return mix(mix(step.to(torch.int32)) + (8 * position + salt))
 
 
-def round_stochastically(value: Tensor, seed: Tensor, start: int) -> Tensor:
+def round_stochastically(value: Tensor, seed: Tensor, first: int = 0, origin: Origin = WHOLE) -> Tensor:
     """Return float32 ``value`` with the lower half of its bits rounded off, up or down by chance.
 
     Args:
         value: float32; it becomes exactly representable in bfloat16.
         seed: 0-D int32.
-        start: the position of the first element in its layer, which the noise depends on.
+        first: the position of the first element in what this process holds of the layer.
+        origin: where in the layer that lies. The noise depends on the position in the whole layer.
     """
-    wrapped = (start + (1 << 31)) % (1 << 32) - (1 << 31)
+    start = (origin.start + first + (1 << 31)) % (1 << 32) - (1 << 31)
     index = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
-    noise = mix(index + wrapped + seed) & 0xFFFF
+    if origin.skip:
+        index += torch.div(index + first, origin.run, rounding_mode="floor") * origin.skip
+    noise = mix(index + start + seed) & 0xFFFF
     rounded = ((value.contiguous().view(torch.int32) + noise) & -0x10000).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value)
 
 
-def store(target: Tensor, value: Tensor, hyper: Any, position: int, salt: int, start: int = 0) -> None:
-    """Write ``value`` into a state tensor, stochastically rounded if that is bfloat16."""
+def store(target: Tensor, value: Tensor, layer: Any, salt: int, first: int = 0) -> None:
+    """Write ``value`` into a state tensor of a `backends.Layer`, stochastically rounded if that is bfloat16."""
     if target.dtype is torch.bfloat16:
-        value = round_stochastically(value.float(), seed_of(hyper.t, position, salt), start)
+        seed = seed_of(layer.hyper.t, layer.position, salt)
+        value = round_stochastically(value.float(), seed, first, layer.origin)
     target.copy_(value)

@@ -130,7 +130,7 @@ def read(layer: Layer) -> State:
 def write(layer: Layer, state: State) -> None:
     """Put the new state in the old one's place."""
     for salt, (key, value) in enumerate(state.items()):
-        store(layer.state[key], value, layer.hyper, layer.position, salt)
+        store(layer.state[key], value, layer, salt)
 
 
 BACKEND = Reference()
