@@ -42,13 +42,15 @@ class Backend(Protocol):
     def direction(self, rule: str, layers: Sequence[Layer], norm: str) -> tuple[Tensor, Any]:
         """Advance the state, form u, leave x alone.
 
+        An element of g whose square is not finite counts as 0, and makes the norm of its layer's u NaN.
+
         Returns:
             What this process holds of the norms of x and of u, [2, L], as `norms.join` makes it; and whatever `apply`
             of the same backend wants to be handed.
         """
 
     def apply(self, rule: str, layers: Sequence[Layer], ratio: Tensor, memory: Any) -> None:
-        """Move every x along its u, by the learning rate times ``ratio``, [L]."""
+        """Move every x along its u, by the learning rate times ``ratio``, [L]; leave the layers whose ratio is NaN."""
 
 
 BACKENDS = ("reference", "foreach", "native", "triton")

@@ -18,9 +18,11 @@ class LayerwiseOptimizer(Optimizer):
     A layer is one parameter tensor, as in the authors' code. A layer whose ‖x‖ or ‖u‖ is zero takes the plain step
     η·u, and so does every layer of a group with ``adapt=False``.
 
-    A gradient that holds inf or NaN does to its layer what it does in `torch.optim`: it poisons the state and the
-    weights. It never reaches another layer, it shows in `trust_ratios()` as a ratio that is not finite, then or at the
-    next step, and finite gradients never make one. To skip such steps is for the gradient scaler or the training loop.
+    No step makes a weight or a state that is not finite. Elements of a gradient that are inf or NaN, or too large to be
+    squared (1.8e19 in float32), count as 0 in the averages, and their layer stays where it is in that step. So does a
+    layer whose ‖u‖ or ratio is not finite for any other reason. `trust_ratios()` says NaN for a layer that stayed. It
+    goes on at its next good gradient, and no other layer notices. None of this waits for a device, or adds to what
+    processes tell each other; to drop the whole step instead is for the gradient scaler or the training loop.
     """
 
     rule: str  # names the functions by which a backend moves this optimizer's layers
@@ -79,7 +81,8 @@ class LayerwiseOptimizer(Optimizer):
 
         The keys are the parameters' names if the optimizer was given names (by `param_groups`, or as named
         parameters), else their positions in the order of the groups. The values are 0-D tensors on the layer's device:
-        nothing here waits for it. A layer that does not adapt has 1. Empty before the first step.
+        nothing here waits for it. A layer that does not adapt has 1, and one that had to stay where it was (a gradient
+        with inf or NaN) has NaN. Empty before the first step.
         """
         return dict(self._ratios)
 
@@ -155,7 +158,7 @@ class LayerwiseOptimizer(Optimizer):
         """Copy the float32 masters into the parameters that the model computes with."""
         for x, state in self.state.items():
             if "master_param" in state and x.grad is not None:
-                norms.local(x).copy_(norms.local(state["master_param"]))
+                precision.store_weights(norms.local(x), norms.local(state["master_param"]))
 
     # ---- groups and state dicts ----
 

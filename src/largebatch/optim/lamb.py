@@ -13,6 +13,8 @@ from .norms import Phi
 
 Correction = bool | Literal["folded"]
 
+TINY = torch.finfo(torch.float32).tiny  # so that without ε, 0/0 is 0; √v is above 1e-23 or 0, and does not see it
+
 
 class Hyper(NamedTuple):
     """The numbers of a layer's t-th step. What tells the family apart is how m̂ and v̂ come from m, v and g.
@@ -57,7 +59,8 @@ class LAMB(LayerwiseOptimizer):
         lr: the learning rate η, a number or a 0-D tensor: the share of its own norm by which a layer moves in one
             step, so that 1e-3 to 1e-2 is usual, ten times AdamW's.
         betas: the decay rates β₁ of the gradient's average and β₂ of its square's.
-        eps: ε, added outside the square root, after the bias correction.
+        eps: ε, added outside the square root, after the bias correction. With 0, an element that never had a gradient
+            stays: 0/0 is 0.
         weight_decay: λ. It is part of u, so the trust ratio sees it; 0 turns decay off and nothing else.
         bias_correction: False leaves line 3 out (the paper's finding: a warm-up does the same). "folded" multiplies
             the rate by √(1 − β₂ᵗ)/(1 − β₁ᵗ) instead, as DeepSpeed does: under a trust ratio that corrects nothing, and
@@ -153,7 +156,7 @@ class LAMB(LayerwiseOptimizer):
             keep=1 - lr * weight_decay if decoupled else 1.0,
             beta1=beta1,
             beta2=beta2,
-            eps=group["eps"],
+            eps=max(group["eps"], TINY),
             weight_decay=0.0 if decoupled else weight_decay,
             maximize=group["maximize"],
             m_scale=m_scale,

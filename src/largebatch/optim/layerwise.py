@@ -12,7 +12,7 @@ from torch.optim.rprop import Rprop
 from . import norms
 from .base import rate_of
 from .checks import check, check_phi
-from .precision import compute_dtype
+from .precision import compute_dtype, store_weights
 
 # Their state depends on the learning rate, or they step more than once.
 NOT_LINEAR = (LBFGS, ASGD, Rprop)
@@ -39,6 +39,9 @@ class Layerwise(Optimizer):
     is LAMB, and `Layerwise(torch.optim.SGD(...))` is LARS with the momentum normalised. For those two, `LAMB` and
     `LARS` are faster and more exact: here a float32 u is the difference of two weights, which rounds it at 6e-8 of the
     larger of |x| and |u|, and a copy of the adapted weights is held during the step.
+
+    A layer whose step is not finite stays where it was, and `trust_ratios()` says NaN for it; but what a gradient of
+    inf or NaN did to the state is up to the base optimizer, and most of torch's keep it for ever.
 
     The base optimizer must be linear in its learning rate: its state may not depend on it, nor its update other than
     by a factor. Of torch's own, LBFGS, ASGD and Rprop are not.
@@ -94,7 +97,8 @@ class Layerwise(Optimizer):
             for layer, ratio in zip(moved, ratios.unbind(), strict=True):
                 self._ratios[layer.name] = ratio
                 if layer.group["adapt"]:
-                    layer.x.copy_(layer.old.to(compute_dtype(layer.x)) - rate_of(layer.group) * ratio * update(layer))
+                    new = layer.old.to(compute_dtype(layer.x)) - rate_of(layer.group) * ratio * update(layer)
+                    store_weights(layer.x, torch.where(ratio.isfinite(), new, layer.old))
         return loss
 
     def _step_at_unit_rate(self) -> Iterable[list[Moved]]:

@@ -66,6 +66,8 @@ def join(pieces: Sequence[Tensor], owners: Sequence[int], norm: str) -> Tensor:
     values = torch.cat(list(pieces)).to(total_dtype(device))
     if norm == "l2":
         values = values.square()
+    elif norm == "linf":  # a maximum over processes may lose a NaN
+        values = values.nan_to_num(torch.inf, torch.inf)
     counts = [0] * (owners[-1] + 1)
     for owner, piece in zip(owners, pieces, strict=True):
         counts[owner] += piece.numel()
@@ -297,6 +299,8 @@ def trust_ratios(
 ) -> Tensor:
     """Return what multiplies each layer's learning rate, [L], from the norms of the layers, [L] each.
 
+    NaN stands for a layer that has to stay where it is: its ‖u‖ or its ratio is not finite.
+
     Args:
         x_norms: ‖x‖.
         u_norms: ‖u‖.
@@ -311,7 +315,8 @@ def trust_ratios(
         x_norm, u_norm = x_norms[start:stop], u_norms[start:stop]
         ratios.append(ratio(x_norm, u_norm, group) if group["adapt"] else torch.ones_like(x_norm))
         start = stop
-    return torch.cat(ratios)
+    together = torch.cat(ratios)
+    return torch.where(u_norms.isfinite() & together.isfinite(), together, torch.nan)
 
 
 def trust_ratio(x_norm: Tensor, u_norm: Tensor, phi: Phi) -> Tensor:

@@ -76,3 +76,11 @@ def store(target: Tensor, value: Tensor, layer: Any, salt: int, first: int = 0) 
         seed = seed_of(layer.hyper.t, layer.position, salt)
         value = round_stochastically(value.float(), seed, first, layer.origin)
     target.copy_(value)
+
+
+def store_weights(x: Tensor, value: Tensor) -> None:
+    """Write ``value`` into the weights; what float16 cannot hold becomes its largest number, not inf."""
+    if x.dtype is torch.float16:
+        largest = torch.finfo(torch.float16).max
+        value = value.clamp(-largest, largest)
+    x.copy_(value)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import norms
 from .backends import Layer
-from .precision import compute_dtype, store
+from .precision import compute_dtype, store, store_weights
 
 State = dict[str, Tensor]
 
@@ -99,20 +99,23 @@ class Reference:
         measured: list[list[Tensor]] = [[], []]
         for layer in layers:
             x, g = widen(layer)
+            usable = g.square().isfinite()
+            g = torch.where(usable, g, 0.0)
             write(layer, RULES[rule].state(x, g, read(layer), layer.hyper))
             u, normaliser = RULES[rule].direction(x, g, read(layer), layer.hyper)
             updates.append(u)
             measured[0] += norms.measure([x], norm)
-            measured[1] += norms.measure([normaliser], norm)
+            measured[1] += norms.measure([torch.where(usable, normaliser, torch.nan)], norm)
         owners = range(len(layers))
         return torch.stack([norms.join(pieces, owners, norm) for pieces in measured]), updates
 
     def apply(self, rule: str, layers: Sequence[Layer], ratio: Tensor, memory: list[Tensor]) -> None:
         for layer, u, r in zip(layers, memory, ratio.unbind(), strict=True):
             x, _ = widen(layer)
+            old, moves = {"x": x, **read(layer)}, r.isfinite()
             x, state = RULES[rule].descend(x, u, r, read(layer), layer.hyper)
-            layer.x.copy_(x)
-            write(layer, state)
+            store_weights(layer.x, torch.where(moves, x, old["x"]))
+            write(layer, {key: torch.where(moves, value, old[key]) for key, value in state.items()})
 
 
 def widen(layer: Layer) -> tuple[Tensor, Tensor]:
