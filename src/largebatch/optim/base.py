@@ -158,7 +158,7 @@ class LayerwiseOptimizer(Optimizer):
         """Copy the float32 masters into the parameters that the model computes with."""
         for x, state in self.state.items():
             if "master_param" in state and x.grad is not None:
-                precision.store_weights(norms.local(x), norms.local(state["master_param"]))
+                precision.store_weights([norms.local(x)], [norms.local(state["master_param"])])
 
     # ---- groups and state dicts ----
 

@@ -159,8 +159,7 @@ class Foreach:
                 kept = [torch.where(r.isfinite(), a, b) for r, a, b in zip(ratios, tensors, were, strict=True)]
                 torch._foreach_copy_(tensors, kept)
             if x is not bucket.x:
-                for target, value in zip(bucket.x, x, strict=True):
-                    store_weights(target, value)
+                store_weights(bucket.x, x)
 
 
 BACKEND = Foreach()

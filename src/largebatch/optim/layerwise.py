@@ -98,7 +98,7 @@ class Layerwise(Optimizer):
                 self._ratios[layer.name] = ratio
                 if layer.group["adapt"]:
                     new = layer.old.to(compute_dtype(layer.x)) - rate_of(layer.group) * ratio * update(layer)
-                    store_weights(layer.x, torch.where(ratio.isfinite(), new, layer.old))
+                    store_weights([layer.x], [torch.where(ratio.isfinite(), new, layer.old)])
         return loss
 
     def _step_at_unit_rate(self) -> Iterable[list[Moved]]:

@@ -78,9 +78,9 @@ def store(target: Tensor, value: Tensor, layer: Any, salt: int, first: int = 0) 
     target.copy_(value)
 
 
-def store_weights(x: Tensor, value: Tensor) -> None:
-    """Write ``value`` into the weights; what float16 cannot hold becomes its largest number, not inf."""
-    if x.dtype is torch.float16:
+def store_weights(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Write values into weights of one dtype; what float16 cannot hold becomes its largest number, not inf."""
+    if targets[0].dtype is torch.float16:
         largest = torch.finfo(torch.float16).max
-        value = value.clamp(-largest, largest)
-    x.copy_(value)
+        values = list(torch._foreach_clamp_max(torch._foreach_clamp_min(values, -largest), largest))
+    torch._foreach_copy_(targets, values)

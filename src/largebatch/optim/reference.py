@@ -114,7 +114,7 @@ class Reference:
             x, _ = widen(layer)
             old, moves = {"x": x, **read(layer)}, r.isfinite()
             x, state = RULES[rule].descend(x, u, r, read(layer), layer.hyper)
-            store_weights(layer.x, torch.where(moves, x, old["x"]))
+            store_weights([layer.x], [torch.where(moves, x, old["x"])])
             write(layer, {key: torch.where(moves, value, old[key]) for key, value in state.items()})
 
 
