@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from ranks import Collectives, on_ranks
 from skewed import OPTIMIZERS, STEPS, Layers, build, gradient
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 from largebatch import LAMB
 from largebatch.optim import flat_partition, norms
@@ -89,14 +88,14 @@ def whole_state(state: dict[str, Any]) -> dict[str, Tensor]:
     return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in state.items()}
 
 
-def one_step_of(model: nn.Module, name: str) -> dict[Any, int]:
-    """Count the collectives of an optimizer's second step, by operation."""
+def one_step_of(model: nn.Module, name: str) -> dict[str, int]:
+    """Count the collectives of an optimizer's second step, by name."""
     optimizer = build(name, list(model.parameters()))
     train(model, optimizer, steps=1)
     give_gradients(model, 1)
-    with CommDebugMode() as counted:
+    with Collectives() as counted:
         optimizer.step()
-    return {str(operation): count for operation, count in counted.get_comm_counts().items()}
+    return dict(counted.counts)
 
 
 def naive(model: nn.Module) -> dict[str, Any]:
@@ -163,12 +162,12 @@ def partial_gradients() -> dict[str, Any]:
     for step in range(STEPS):
         for name, x in model.named_parameters():
             x.grad = DTensor.from_local(share * gradient(name, x.shape, step), mesh, [Partial()])
-        with CommDebugMode() as counted:
+        with Collectives() as counted:
             optimizer.step()
     assert all(x.grad.placements == (Partial(),) for x in model.parameters())
     return {
         "params": {name: x.detach().full_tensor() for name, x in model.named_parameters()},
-        "collectives": counted.get_total_counts(),
+        "collectives": dict(counted.counts),
     }
 
 

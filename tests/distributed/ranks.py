@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +15,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 COLLECTIVE_TIMEOUT_S = 30
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called in its context, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self.counts[function._opname] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def on_ranks(num: int, body: Callable[[int], Any], out: Path, timeout_s: float) -> None:

@@ -19,8 +19,8 @@ from largebatch.experiments.config import (
     to_json,
 )
 from largebatch.experiments.console import RunDisplay, show_table
-from largebatch.experiments.runner import Interrupted, config_of, describe_evaluation, figures_of, run
-from largebatch.train import TrainingDiverged
+from largebatch.experiments.runner import ELASTIC, Interrupted, config_of, describe_evaluation, figures_of, run
+from largebatch.train import TrainingDiverged, distributed
 
 
 def train(options: argparse.Namespace) -> int:
@@ -47,12 +47,18 @@ def train(options: argparse.Namespace) -> int:
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Go on with the run in `options.out`, with the settings it was started with."""
-    if options.set or getattr(options, "data", None):
+    """Go on with the run in `options.out`, with the settings it was started with but for those that may change."""
+    fixed = [key for key in (setting.partition("=")[0].strip() for setting in options.set) if not _is_elastic(key)]
+    if fixed or getattr(options, "data", None):
         raise UserError(
-            f"a resumed run keeps the settings in {options.out / 'config.json'}; leave --set and --data out"
+            f"a resumed run keeps the settings in {options.out / 'config.json'}, all but "
+            f"{', '.join(ELASTIC)} and stages.N.micro_batch_size; leave {', '.join(fixed) or '--data'} out"
         )
-    return execute(config_of(options.out), options.out, resume=True, threads=options.threads)
+    return execute(override(config_of(options.out), options.set), options.out, resume=True, threads=options.threads)
+
+
+def _is_elastic(key: str) -> bool:
+    return key in ELASTIC or (key.startswith("stages.") and key.endswith(".micro_batch_size"))
 
 
 def execute(config: RunConfig, out: Path, *, resume: bool = False, threads: int | None = None) -> int:
@@ -67,12 +73,14 @@ def execute(config: RunConfig, out: Path, *, resume: bool = False, threads: int 
         with RunDisplay(config.recipe) as display:
             summary = run(config, out, resume=resume, on_step=display.step, on_event=display.event)
     except Interrupted as stop:
-        print(f"largebatch: {stop}", file=sys.stderr)
+        if distributed.is_chief():
+            print(f"largebatch: {stop}", file=sys.stderr)
         return 130
     except TrainingDiverged as error:
         print(f"largebatch: {error}; its metrics are in {out}", file=sys.stderr)
         return 1
-    show_summary(summary, out)
+    if distributed.is_chief():
+        show_summary(summary, out)
     return 0
 
 

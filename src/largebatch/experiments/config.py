@@ -59,6 +59,9 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    sharding: str = "ddp"  # or fsdp, hsdp: who holds what of the model on many ranks
+    gradient_compression: str = "none"  # or bf16
+    timeout_s: float = 600  # of a collective: ranks that wait longer for another one give up
     max_grad_norm: float | None = 1.0
     evaluate_every: int = 0  # steps; 0: at the end of each stage only
     checkpoint_every: int = 1000  # steps; besides the end of each stage

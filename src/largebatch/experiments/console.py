@@ -27,7 +27,7 @@ class RunDisplay:
         self._tokens_per_s = 0.0
 
     def __enter__(self) -> "RunDisplay":
-        if sys.stdout.isatty() and distributed.rank() == 0:
+        if sys.stdout.isatty() and distributed.is_chief():
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
@@ -49,12 +49,12 @@ class RunDisplay:
 
     def event(self, line: str) -> None:
         """Print a line above the bar."""
-        if distributed.rank() == 0:
+        if distributed.is_chief():
             self.console.print(f"  {line}", soft_wrap=True)
 
     def step(self, result: StepResult, num_steps: int) -> None:
         """Show one more optimizer step."""
-        if distributed.rank() != 0:
+        if not distributed.is_chief():
             return
         if self._bar is not None:
             label = f"{self.title} {result.stage.name} loss {result.metrics['loss']:.3f}"

@@ -26,11 +26,15 @@ from largebatch.experiments.optimizers import build_optimizer
 from largebatch.experiments.workload import Workload
 from largebatch.train import Engine, Stage, StepResult, TrainingDiverged, allocator, checkpoint, distributed, hardware
 from largebatch.train.metrics import RunDirectory, read_json
-from largebatch.train.micro_batch import find_micro_batch
+from largebatch.train.micro_batch import divisors, find_micro_batch
 
 # What a run shows while it goes: called with each step and the run's total number of steps, and with each event.
 OnStep = Callable[[StepResult, int], None]
 OnEvent = Callable[[str], None]
+
+
+# Settings that do not change what is computed, and so may differ when a run is resumed. So may the micro-batches.
+ELASTIC = ("device", "sharding", "timeout_s", "checkpoint_every", "keep_checkpoints")
 
 
 class Interrupted(Exception):
@@ -48,7 +52,8 @@ def run(
     """Train what `config` describes into the run directory `out`, and evaluate it.
 
     Args:
-        config: the run; ignored in favour of the directory's own `config.json` when an earlier run is resumed.
+        config: the run. Of one that is resumed the directory's own `config.json` is in force, but for the micro-batch
+            sizes and the `ELASTIC` settings, which are taken from here.
         out: the run directory; must be new, unless `resume`.
         resume: go on from the newest checkpoint in `out`, with the same bits as if the run had never stopped.
         on_step: called after each optimizer step.
@@ -62,17 +67,17 @@ def run(
         Interrupted: on SIGINT or SIGTERM, after a checkpoint has been written.
         TrainingDiverged: the gradient stayed infinite or NaN.
     """
-    started = (out / "config.json").exists()
-    if started and not resume:
-        raise UserError(f"{out} holds a run already; resume it with --resume or name another folder with --out")
-    if started:
-        config = config_of(out)
-        if (out / "summary.json").exists():
+    settings = allocator.keep_freed_memory()
+    device = distributed.initialize(config.device, config.timeout_s)
+    try:
+        started = distributed.of_chief((out / "config.json").exists())  # others may come when the chief has written it
+        if started and not resume:
+            raise UserError(f"{out} holds a run already; resume it with --resume or name another folder with --out")
+        if started and distributed.of_chief((out / "summary.json").exists()):
             on_event(f"{out} is complete")
             return read_json(out / "summary.json")
-    settings = allocator.keep_freed_memory()
-    device = distributed.initialize(config.device)
-    try:
+        if started:
+            config = _fit_to_ranks(_changed(config_of(out), config))
         return _run(config, out, started, device, settings, on_step, on_event)
     finally:
         distributed.finalize()
@@ -86,6 +91,7 @@ def _run(
     config = workload.config
     torch.manual_seed(config.seed)
     model = workload.model().to(device)
+    distributed.shard(model, config.sharding, config.gradient_compression)
     optimizer = build_optimizer(config.optim, model)
     stages = build_stages(config)
     engine = Engine(
@@ -96,6 +102,7 @@ def _run(
         workload.loss,
         max_grad_norm=config.max_grad_norm,
         autocast=config.precision,
+        compression=config.gradient_compression,
         seed=config.seed,
     )
     config = _with_micro_batches(config, workload, engine, device, on_event)
@@ -140,7 +147,7 @@ def _train(
                 directory.checkpoints, engine.model, engine.optimizer, engine.progress, keep=config.keep_checkpoints
             )
 
-    with _stop_signals() as stop_requested:
+    with _stop_signals() as engine.stop:
         for result in engine.run():
             stage = _stage_index(engine.stages, result.stage)
             if result.stage_step == 1:
@@ -149,14 +156,16 @@ def _train(
             if config.trust_ratios_every and (result.step % config.trust_ratios_every == 0 or result.step == 1):
                 _log_trust_ratios(result, engine, directory)
             on_step(result, num_steps)
+            # Many ranks stop where they have agreed to: a signal does not reach them all in the same step.
+            stop = result.stop if distributed.world_size() > 1 else engine.stop()
             if result.ends_stage or (config.evaluate_every and result.step % config.evaluate_every == 0):
                 evaluation = workload.evaluate(engine.model, stage, directory.path if directory.write else None)
                 directory.log("eval", step=result.step, stage=result.stage.name, **evaluation)
                 on_event(f"{result.stage.name} step {result.stage_step}: " + describe_evaluation(evaluation))
             due = config.checkpoint_every and result.step % config.checkpoint_every == 0
-            if due or result.ends_stage or stop_requested():
+            if due or result.ends_stage or stop:
                 save()
-            if stop_requested() and result.step < num_steps:
+            if stop and result.step < num_steps:
                 raise Interrupted(f"stopped after step {result.step}; go on with --resume --out {directory.path}")
 
     if not evaluation:  # the run had been stopped between its last step and its summary
@@ -187,6 +196,27 @@ def config_of(run_directory: Path) -> RunConfig:
     content = read_json(run_directory / "config.json")
     content.pop("details", None)
     return from_json(content)
+
+
+def _changed(saved: RunConfig, asked: RunConfig) -> RunConfig:
+    """The saved configuration with the settings of the other that may change when a run is resumed."""
+    sizes = [stage.micro_batch_size for stage in asked.stages]
+    stages = tuple(
+        dataclasses.replace(stage, micro_batch_size=size or stage.micro_batch_size)
+        for stage, size in zip(saved.stages, sizes, strict=True)
+    )
+    return dataclasses.replace(saved, stages=stages, **{name: getattr(asked, name) for name in ELASTIC})
+
+
+def _fit_to_ranks(config: RunConfig) -> RunConfig:
+    """Make the micro-batches smaller where the ranks of a resumed run cannot cut their shares into the old ones."""
+    stages = []
+    for stage in config.stages:
+        share, size = stage.batch_size // distributed.world_size(), stage.micro_batch_size
+        if size is not None and share % size:
+            size = max(smaller for smaller in divisors(share) if smaller < size)
+        stages.append(dataclasses.replace(stage, micro_batch_size=size))
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def build_workload(config: RunConfig) -> Workload:
@@ -309,8 +339,8 @@ def _with_micro_batches(
                 device,
                 # Two moments in float32, and about as much again that a step needs for a moment.
                 reserve_bytes=16 * sum(parameter.numel() for parameter in engine.model.parameters()),
+                agree=lambda value: distributed.largest(value, device),
             )
-            size = distributed.smallest(size, device)
             on_event(f"{stage.name}: micro-batch {size} of {stage.batch_size}, found by a probe")
         workload.micro_batch_sizes[index] = size
         stages.append(dataclasses.replace(stage, micro_batch_size=size))

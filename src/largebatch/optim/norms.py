@@ -113,6 +113,16 @@ def all_reduce(tensor: Tensor, operation: str, group: Any) -> None:
     distributed.all_reduce(tensor, getattr(distributed.ReduceOp, operation.upper()), group)
 
 
+def global_norm(params: Sequence[Tensor]) -> Tensor:
+    """Return the l2 norm over the gradients of all ``params``, each cut as its parameter is: a 0-D tensor.
+
+    One all-reduce for each process group over which any of them is cut.
+    """
+    held = [local(x.grad) for x in params]
+    squares = join(measure(held, "l2"), range(len(held)), "l2")
+    return combine(squares, [cut_of(x, i) for i, x in enumerate(params)], "l2").square().sum().sqrt()
+
+
 # ---- what this process holds of a layer ----
 
 # The process groups over which a layer is cut, each with the type of device that its messages are on.
@@ -222,7 +232,9 @@ def parts(x: Tensor, name: str | int | None, position: int, with_origin: bool = 
 
 
 def cut_of(x: Any, name: str | int) -> Cut:
-    """Return the process groups over which a DTensor is cut: one for each dimension of its mesh that shards it."""
+    """Return the process groups over which a tensor is cut: of a DTensor, the dimensions of its mesh that shard it."""
+    if not is_sharded(x):
+        return ()
     cut = []
     for dim, placement in enumerate(x.placements):
         if placement.is_partial():

@@ -5,7 +5,7 @@ One global step is
 
     totals <- what normalises the loss, summed over micro-batches and ranks
     for each micro-batch:  (loss / totals).backward()          gradients add up
-    sum the gradients over ranks, once
+    sum the gradients over ranks, once, beside the last of these backward passes
     clip by the global norm, set the learning rate, step
 
 so the result does not depend on how the global batch is cut into micro-batches and ranks, but for rounding.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from largebatch.optim import norms
 from largebatch.train import distributed
 from largebatch.train.prefetch import prefetch
 
@@ -91,6 +92,7 @@ class StepResult:
     grad_norm: float  # before clipping
     clipped: bool
     skipped: bool  # the gradient was not finite, and the weights were left alone
+    stop: bool  # some rank was asked to stop
     num_sequences: int
     num_tokens: int
     flops: float
@@ -116,6 +118,8 @@ class Engine:
             each reported metric.
         max_grad_norm: gradients are scaled down to this global norm; None for no clipping.
         autocast: "fp32", or "bf16" for bfloat16 matrix products with fp32 weights.
+        compression: "bf16" sums the gradients over the ranks in bfloat16.
+        stop: asked once a step on every rank; one rank's yes is `StepResult.stop` on all.
         seed: with the step and the micro-batch the key of the dropout masks.
         max_skipped: give up after this many steps in a row whose gradient is not finite.
         progress: where to begin; changed in place, and consistent whenever `run()` has yielded.
@@ -128,6 +132,8 @@ class Engine:
     loss: Loss
     max_grad_norm: float | None = 1.0
     autocast: str = "fp32"
+    compression: str = "none"
+    stop: Callable[[], bool] = bool
     seed: int = 0
     max_skipped: int = 10
     progress: Progress = field(default_factory=Progress)
@@ -139,6 +145,7 @@ class Engine:
             TrainingDiverged: `max_skipped` steps in a row had a gradient that is not finite.
         """
         skipped_in_a_row = 0
+        replicas = distributed.Replicas(self.model, self.compression)
         while self.progress.stage < len(self.stages):
             index, stage = self.progress.stage, self.stages[self.progress.stage]
             if self.progress.stage_step == 0 and not stage.keep_moments:
@@ -146,7 +153,7 @@ class Engine:
             batches = prefetch(self.batches(index, self.progress.cursor))
             try:
                 while self.progress.stage == index:
-                    result = self._step(stage, batches)
+                    result = self._step(stage, batches, replicas)
                     skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                     if result.ends_stage:
                         self.progress.stage, self.progress.stage_step = index + 1, 0
@@ -172,7 +179,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         torch.set_rng_state(random_state)
 
-    def _step(self, stage: Stage, batches: Iterator[GlobalBatch]) -> StepResult:
+    def _step(self, stage: Stage, batches: Iterator[GlobalBatch], replicas: distributed.Replicas) -> StepResult:
         start = time.perf_counter()
         batch = next(batches)
         data_s = time.perf_counter() - start
@@ -184,22 +191,23 @@ class Engine:
         sums: dict[str, Tensor] = {}
         for index, micro_batch in enumerate(batch.micro_batches):
             self._seed_dropout(index)
-            with self._autocast(device):
-                loss, metrics = self.loss(self.model, to_device(micro_batch, device), totals)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with replicas.backward(last=index == len(batch.micro_batches) - 1):
+                with self._autocast(device):
+                    loss, metrics = self.loss(replicas.forward, to_device(micro_batch, device), totals)
+                (loss * replicas.loss_scale).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value.float() if name in sums else value.float()
-        distributed.sum_gradients(self.model.parameters())
-        grad_norm = global_grad_norm(self.model.parameters())
+        grad_norm = global_grad_norm(self.model)
 
         # One transfer, and so one wait for the device, tells everything about the step.
-        stacked = distributed.sum_over_ranks(torch.stack([value.to(device) for value in sums.values()]))
-        *values, norm = torch.cat([stacked, grad_norm.float().reshape(1)]).tolist()
+        stop = torch.tensor(float(self.stop()), device=device)
+        stacked = distributed.sum_over_ranks(torch.stack([*(value.to(device) for value in sums.values()), stop]))
+        *values, stops, norm = torch.cat([stacked, grad_norm.float().reshape(1)]).tolist()
         finite = norm < float("inf")  # false for NaN as well
         clipped = finite and self.max_grad_norm is not None and norm > self.max_grad_norm
         learning_rate = stage.learning_rate(self.progress.stage_step)
         if clipped:
-            _scale_gradients(self.model.parameters(), self.max_grad_norm / grad_norm)
+            _scale_gradients(self.model, self.max_grad_norm / grad_norm)
         if finite:
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
@@ -221,6 +229,7 @@ class Engine:
             grad_norm=norm,
             clipped=clipped,
             skipped=not finite,
+            stop=stops > 0,
             num_sequences=int(num_sequences),
             num_tokens=int(num_tokens),
             flops=flops,
@@ -265,14 +274,22 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in micro_batch.items()}
 
 
-def global_grad_norm(parameters: Iterator[nn.Parameter]) -> Tensor:
-    """The l2 norm over all gradients, a 0-D tensor."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients, foreach=True)
+@torch.no_grad()
+def global_grad_norm(model: nn.Module) -> Tensor:
+    """The l2 norm over all gradients, a 0-D tensor; over the whole of them, where they are cut over ranks.
+
+    Gradients that are sums still to be taken over ranks are taken, in place.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    for parameter, gradient in zip(parameters, norms.gradients(parameters), strict=True):
+        if gradient is not parameter.grad:
+            parameter.grad = gradient
+    return norms.global_norm(parameters)
 
 
-def _scale_gradients(parameters: Iterator[nn.Parameter], factor: Tensor) -> None:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+@torch.no_grad()
+def _scale_gradients(model: nn.Module, factor: Tensor) -> None:
+    gradients = [norms.local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 

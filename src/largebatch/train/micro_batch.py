@@ -19,7 +19,11 @@ def divisors(batch_size: int, largest: int = _LARGEST) -> list[int]:
 
 
 def find_micro_batch(
-    probe: Callable[[int], None], batch_size: int, device: torch.device, reserve_bytes: int = 0
+    probe: Callable[[int], None],
+    batch_size: int,
+    device: torch.device,
+    reserve_bytes: int = 0,
+    agree: Callable[[float], float] = float,
 ) -> int:
     """Choose a divisor of `batch_size` by trying some.
 
@@ -28,14 +32,15 @@ def find_micro_batch(
         batch_size: samples of this rank in a global batch.
         device: where the probe runs.
         reserve_bytes: memory to leave for what the probe does not allocate, such as the optimizer's state.
+        agree: returns the largest value of any rank, so that all ranks try and choose the same sizes.
 
     Returns:
         On CUDA the largest size that leaves a margin of memory, on a CPU the one with the least time per sample.
     """
     candidates = _thin_out(divisors(batch_size))
     if device.type == "cuda":
-        return _largest_that_fits(probe, candidates, device, reserve_bytes)
-    return _fastest(probe, candidates, device)
+        return _largest_that_fits(probe, candidates, device, reserve_bytes, agree)
+    return _fastest(probe, candidates, device, agree)
 
 
 def _thin_out(sizes: list[int]) -> list[int]:
@@ -48,7 +53,11 @@ def _thin_out(sizes: list[int]) -> list[int]:
 
 
 def _largest_that_fits(
-    probe: Callable[[int], None], candidates: list[int], device: torch.device, reserve_bytes: int
+    probe: Callable[[int], None],
+    candidates: list[int],
+    device: torch.device,
+    reserve_bytes: int,
+    agree: Callable[[float], float],
 ) -> int:
     limit = _MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory - reserve_bytes
     best = candidates[0]
@@ -58,29 +67,32 @@ def _largest_that_fits(
         try:
             probe(size)
             torch.cuda.synchronize(device)
+            too_large = torch.cuda.max_memory_reserved(device) > limit
         except torch.OutOfMemoryError:
-            break
-        if torch.cuda.max_memory_reserved(device) > limit:
+            too_large = True
+        if agree(too_large):
             break
         best = size
     torch.cuda.empty_cache()
     return best
 
 
-def _fastest(probe: Callable[[int], None], candidates: list[int], device: torch.device) -> int:
+def _fastest(
+    probe: Callable[[int], None], candidates: list[int], device: torch.device, agree: Callable[[float], float]
+) -> int:
     # Below some sequences a CPU has too little to do in one operation to be worth a probe.
     worth_trying = [size for size in candidates if size >= 8] or candidates[-1:]
     best, best_s = worth_trying[0], float("inf")
     for size in worth_trying:
         resident_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         probe(size)
-        per_sample_s = min(_seconds(probe, size) for _ in range(2)) / size
+        per_sample_s = agree(min(_seconds(probe, size) for _ in range(2)) / size)
         if per_sample_s < best_s:
             best, best_s = size, per_sample_s
         elif per_sample_s > 1.1 * best_s:
             break
         grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident_before) * 1024
-        if 4 * grown_bytes > available_memory_bytes(device):
+        if agree(4 * grown_bytes > available_memory_bytes(device)):
             break
     return best
 
