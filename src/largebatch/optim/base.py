@@ -47,7 +47,9 @@ class LayerwiseOptimizer(Optimizer):
         self.asked_backend = backend
         self.state_dtype = state_dtype
         self.master_weights = master_weights
-        self._ratios: dict[str | int, Tensor] = {}
+        self._ratios: list[dict[str | int, Tensor]] = [
+            {}
+        ]  # a compiled step would lose what is assigned to an attribute
         super().__init__(params, defaults)
 
     # ---- the step ----
@@ -61,13 +63,14 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._ratios.clear()  # in place: a compiled step would lose an assignment to an attribute (torch 2.13)
+        of_layers: dict[str | int, Tensor] = {}
         for layers in self._layers_by_device():
             local, memory = self._backend.direction(self.rule, layers, self.norm)
             x_norms, u_norms = norms.combine(local, [layer.cut for layer in layers], self.norm).unbind()
             ratios = norms.trust_ratios(x_norms, u_norms, [layer.group for layer in layers], self._trust_ratio)
             self._backend.apply(self.rule, layers, ratios, memory)
-            self._ratios.update(zip((layer.name for layer in layers), ratios.unbind(), strict=True))
+            of_layers.update(zip((layer.name for layer in layers), ratios.unbind(), strict=True))
+        self._ratios[0] = of_layers
         if self.master_weights:
             self._round_masters()
         return loss
@@ -84,7 +87,7 @@ class LayerwiseOptimizer(Optimizer):
         nothing here waits for it. A layer that does not adapt has 1, and one that had to stay where it was (a gradient
         with inf or NaN) has NaN. Empty before the first step.
         """
-        return dict(self._ratios)
+        return dict(self._ratios[0])
 
     @property
     def backend(self) -> str:
@@ -193,7 +196,7 @@ class LayerwiseOptimizer(Optimizer):
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which torch's __setstate__ adds, and which means nothing here
                     group.setdefault(key, value)
-        self._ratios = {}
+        self._ratios = [{}]
         self._choose_backend()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

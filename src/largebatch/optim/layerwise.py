@@ -75,7 +75,7 @@ class Layerwise(Optimizer):
         check_phi(phi)
         self.base = base
         self.norm = norm
-        self._ratios: dict[str | int, Tensor] = {}
+        self._ratios: list[dict[str | int, Tensor]] = [{}]
         # In place of Optimizer.__init__, which would make groups and state of its own.
         self.__setstate__({"defaults": {**base.defaults, "phi": phi, "adapt": adapt}})
 
@@ -86,7 +86,7 @@ class Layerwise(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._ratios.clear()
+        of_layers: dict[str | int, Tensor] = {}
         for moved in self._step_at_unit_rate():
             measured = [norms.measure([layer.old], self.norm)[0] for layer in moved]
             measured_u = [norms.measure([update(layer)], self.norm)[0] for layer in moved]
@@ -95,10 +95,11 @@ class Layerwise(Optimizer):
             x_norms, u_norms = norms.combine(local, [layer.cut for layer in moved], self.norm).unbind()
             ratios = norms.trust_ratios(x_norms, u_norms, [layer.group for layer in moved], self._trust_ratio)
             for layer, ratio in zip(moved, ratios.unbind(), strict=True):
-                self._ratios[layer.name] = ratio
+                of_layers[layer.name] = ratio
                 if layer.group["adapt"]:
                     new = layer.old.to(compute_dtype(layer.x)) - rate_of(layer.group) * ratio * update(layer)
                     store_weights([layer.x], [torch.where(ratio.isfinite(), new, layer.old)])
+        self._ratios[0] = of_layers
         return loss
 
     def _step_at_unit_rate(self) -> Iterable[list[Moved]]:
@@ -129,7 +130,7 @@ class Layerwise(Optimizer):
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
         """Return the trust ratio of every layer that the last step moved; see `LAMB.trust_ratios`."""
-        return dict(self._ratios)
+        return dict(self._ratios[0])
 
     # ---- what is the base optimizer's ----
 
@@ -163,7 +164,7 @@ class Layerwise(Optimizer):
                 group.setdefault(key, self.defaults[key])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "norm": self.norm, "defaults": self.defaults, "_ratios": {}}
+        return {"base": self.base, "norm": self.norm, "defaults": self.defaults, "_ratios": [{}]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
