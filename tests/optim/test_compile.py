@@ -111,7 +111,7 @@ def test_a_bad_gradient_in_a_compiled_step_stops_its_layer() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at the loss
-def test_a_whole_training_step_breaks_only_at_the_backward_pass() -> None:
+def test_a_whole_training_step_breaks_only_where_torch_does() -> None:
     def trained(wrap: Callable[[Any], Any]) -> list[Tensor]:
         model = model_of()
         optimizer = LAMB(model.parameters(), lr=torch.tensor(0.05))
@@ -129,7 +129,9 @@ def test_a_whole_training_step_breaks_only_at_the_backward_pass() -> None:
     expected = trained(lambda step: step)
     losses = trained(lambda step: torch.compile(step, backend="eager"))
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    assert sum(counters["graph_break"].values()) == 1, "loss.backward(), which dynamo does not trace"
+    zero_grad, backward = sorted(counters["graph_break"], key=lambda reason: "backward" in reason)
+    assert "Optimizer.zero_grad" in zero_grad
+    assert "backward" in backward
 
 
 def test_a_scheduler_does_not_compile_the_step_again() -> None:
