@@ -64,7 +64,8 @@ def round_stochastically(value: Tensor, seed: Tensor, first: int = 0, origin: Or
     start = (origin.start + first + (1 << 31)) % (1 << 32) - (1 << 31)
     index = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
     if origin.skip:
-        index += torch.div(index + first, origin.run, rounding_mode="floor") * origin.skip
+        rows = torch.div(index.long() + first, origin.run, rounding_mode="floor")  # `first` may be beyond 32 bits
+        index += (rows * origin.skip).to(torch.int32)  # which wraps around, as all of the noise does
     noise = mix(index + start + seed) & 0xFFFF
     rounded = ((value.contiguous().view(torch.int32) + noise) & -0x10000).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value)
