@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from largebatch import LAMB, LARS, NLAMB, NNLAMB
+from largebatch.optim import backends
 
 Build = Callable[..., torch.optim.Optimizer]
 
-BACKENDS = ("reference", "foreach")
+BACKENDS = ("reference", "foreach")  # for every dtype
+NATIVE = ("native",) if backends._native() else ()  # it is not there if there was no compiler
+FLOAT32_BACKENDS = (*BACKENDS, *NATIVE)
 
 # One entry for every rule and switch that changes the mathematics.
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {

@@ -180,7 +180,7 @@ def test_a_bucket_joins_layers_and_stays_within_bounds() -> None:
 
 
 def test_the_choice_of_a_backend() -> None:
-    x = [torch.ones(2, requires_grad=True)]
+    x = [torch.ones(2, requires_grad=True, dtype=torch.float64)]
     assert LAMB(x).backend == "foreach"
     assert LAMB(x, backend="reference").backend == "reference"
     with pytest.raises(ValueError, match="backend='fused': expected one of 'auto', 'reference', 'foreach'"):

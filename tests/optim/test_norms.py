@@ -78,7 +78,7 @@ def test_the_ratio_of_every_pair_of_norms() -> None:
     x_norm = torch.tensor([one, zero, one, zero, one, inf, nan, one])
     u_norm = torch.tensor([4.0, one, zero, zero, inf, one, one, nan])
     expected = torch.tensor([0.5, 1.0, 1.0, 1.0, 0.0, inf, nan, nan])
-    assert torch.equal(norms.trust_ratio(x_norm, u_norm, None).nan_to_num(-1), expected.nan_to_num(-1))
+    assert torch.equal(norms.trust_ratio(x_norm, u_norm, norms.Ratio()).nan_to_num(-1), expected.nan_to_num(-1))
 
 
 def test_phi() -> None:
@@ -89,7 +89,13 @@ def test_phi() -> None:
 
 
 def test_groups_are_reckoned_each_with_its_own_ratio() -> None:
-    groups = [{"adapt": True, "by": 2.0}, {"adapt": False, "by": 3.0}, {"adapt": True, "by": 5.0}]
-    owners = [groups[0], groups[0], groups[1], groups[2]]
-    seen = norms.trust_ratios(torch.ones(4), torch.ones(4), owners, lambda x, u, group: group["by"] * x / u)
+    lengths = []
+
+    def phi(z: torch.Tensor) -> torch.Tensor:
+        lengths.append(len(z))
+        return z
+
+    first, last = norms.Ratio(phi, coefficient=2.0), norms.Ratio(coefficient=5.0)
+    seen = norms.trust_ratios(torch.ones(4), torch.ones(4), [first, first, None, last])
     assert seen.tolist() == [2.0, 2.0, 1.0, 5.0]
+    assert lengths == [2]

@@ -1,45 +1,78 @@
 """The seam between an optimizer and the code that moves its layers, and the choice among such backends.
 
 A backend is handed all layers of a step at once and answers two calls, between which the norms are reduced over
-processes: ``direction`` advances the state and measures x and u, ``apply`` moves x along u. Its contract is equality
-with `reference`, in parameters and in state.
+processes: ``direction`` advances the state and measures x and u, ``apply`` moves x along u. Where there is nothing to
+reduce it may do all of that in one call, ``step``. Its contract is equality with `reference`, in parameters and in
+state.
 """
 
 import importlib
+import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from . import norms
 from .precision import WHOLE, Origin
 
 
-class Layer(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Layer:
     """What this process holds of one parameter that has a gradient, with all that one step of it takes.
 
-    The tensors are plain ones, also where the parameter is distributed.
+    The tensors are plain ones, also where the parameter is distributed. A `LayerwiseOptimizer` keeps the layers from
+    step to step where it can; the fields below the line it sets anew each time.
     """
 
     name: str | int
     position: int  # among all layers of the optimizer, in the order of the groups
     x: Tensor  # the weights that the mathematics moves: the parameter, or its float32 master copy
-    g: Tensor
+    rounded: Tensor | None  # the parameter, if x is its master copy
     state: dict[str, Tensor]  # the tensors of the rule's state, without the step count
-    hyper: Any  # the rule's numbers at this step; layers that have the same numbers share the object
-    group: dict[str, Any]
     cut: tuple[Any, ...] = ()  # `norms.Cut`; not empty if other processes hold the rest of the layer
     origin: Origin = WHOLE  # where in the layer these elements lie, if the state is rounded by chance
+    # ----
+    g: Tensor = field(init=False)
+    hyper: Any = field(init=False)  # the rule's numbers at this step; layers that have the same share the object
+    ratio: norms.Ratio | None = field(init=False)  # shared by the group's layers; None if they do not adapt
 
 
-class Backend(Protocol):
+class Layers(list[Layer]):
+    """The layers of one step on one device: the same object from step to step until one of them is another."""
+
+    whole = True  # whether this process holds all of each
+    memo: Any = None  # what a backend derives from them, and wants to find again
+
+
+class Backend:
     """What an optimizer asks of a backend."""
 
     name: str
+    compiles = True  # whether `torch.compile` can trace it
 
     def refuses(self, rule: str, params: Sequence[Tensor]) -> str | None:
         """Say why this backend cannot move these parameters by this rule; None if it can."""
+        return None
 
-    def direction(self, rule: str, layers: Sequence[Layer], norm: str) -> tuple[Tensor, Any]:
+    def count(self, steps: list[Tensor]) -> list[float]:
+        """Add one to step counts that the host holds, and return what they have become."""
+        torch._foreach_add_(steps, 1)
+        times: list[float] = torch.stack(steps).tolist()
+        return times
+
+    def step(self, rule: str, layers: Layers, norm: str) -> Tensor | None:
+        """Take the whole step of layers that this process holds whole, and round the masters.
+
+        Returns:
+            The trust ratios, [L]; or None if nothing was done, and the two calls below are what to use.
+        """
+        return None
+
+    def direction(self, rule: str, layers: Layers, norm: str) -> tuple[Tensor, Any]:
         """Advance the state, form u, leave x alone.
 
         An element of g whose square is not finite counts as 0, and makes the norm of its layer's u NaN.
@@ -48,9 +81,11 @@ class Backend(Protocol):
             What this process holds of the norms of x and of u, [2, L], as `norms.join` makes it; and whatever `apply`
             of the same backend wants to be handed.
         """
+        raise NotImplementedError
 
-    def apply(self, rule: str, layers: Sequence[Layer], ratio: Tensor, memory: Any) -> None:
+    def apply(self, rule: str, layers: Layers, ratio: Tensor, memory: Any) -> None:
         """Move every x along its u, by the learning rate times ``ratio``, [L]; leave the layers whose ratio is NaN."""
+        raise NotImplementedError
 
 
 BACKENDS = ("reference", "foreach", "native", "triton")
@@ -73,6 +108,9 @@ def choose(name: str, rule: str, params: Sequence[Tensor]) -> Backend:
         ValueError: an unknown name, or a backend that was asked for by name and cannot serve; the message says why.
     """
     if name == "auto":
+        native = _native()
+        if native is not None and params and native.refuses(rule, params) is None:
+            return native
         # On the CPU too: 109.5M parameters of BERT-base took 1.3 s by tiles that stay in cache, 12 s one whole tensor
         # at a time, where the page faults of its temporaries dominate (2 Zen 3 cores, torch 2.13, 2026-11-21).
         return load("foreach")
@@ -83,3 +121,13 @@ def choose(name: str, rule: str, params: Sequence[Tensor]) -> Backend:
     if reason is not None:
         raise ValueError(f"backend={name!r} cannot serve here: {reason}")
     return backend
+
+
+@cache
+def _native() -> Backend | None:
+    """Return the CPU kernel, or say once that it is missing."""
+    try:
+        return load("native")
+    except ValueError as error:
+        logging.getLogger(__name__).warning("CPU optimizers run on torch operations, several times slower: %s", error)
+        return None

@@ -1,6 +1,7 @@
 """The step that all layerwise adaptive optimizers share: direction -> norms -> apply."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, norms, precision
-from .backends import Layer
+from .backends import Backend, Layers
 from .checks import check, check_common
+from .gather import Gathered, step_device
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -47,9 +49,10 @@ class LayerwiseOptimizer(Optimizer):
         self.asked_backend = backend
         self.state_dtype = state_dtype
         self.master_weights = master_weights
-        self._ratios: list[dict[str | int, Tensor]] = [
-            {}
-        ]  # a compiled step would lose what is assigned to an attribute
+        # Of each device's layers: their names, and the vector of their ratios. A compiled step would lose an assignment
+        # to the attribute, so that what it assigns to is the list's one element.
+        self._ratios: list[list[tuple[list[str | int], Tensor]]] = [[]]
+        self._gathered: Gathered | None = None
         super().__init__(params, defaults)
 
     # ---- the step ----
@@ -63,21 +66,33 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        of_layers: dict[str | int, Tensor] = {}
+        reported: list[tuple[list[str | int], Tensor]] = []
         for layers in self._layers_by_device():
-            local, memory = self._backend.direction(self.rule, layers, self.norm)
-            x_norms, u_norms = norms.combine(local, [layer.cut for layer in layers], self.norm).unbind()
-            ratios = norms.trust_ratios(x_norms, u_norms, [layer.group for layer in layers], self._trust_ratio)
-            self._backend.apply(self.rule, layers, ratios, memory)
-            of_layers.update(zip((layer.name for layer in layers), ratios.unbind(), strict=True))
-        self._ratios[0] = of_layers
-        if self.master_weights:
-            self._round_masters()
+            reported.append(([layer.name for layer in layers], self._move(layers)))
+            if not torch.compiler.is_compiling():
+                for layer in layers:
+                    del layer.g  # whose memory the next backward pass may want
+        self._ratios[0] = reported
         return loss
 
-    def _trust_ratio(self, x_norm: Tensor, u_norm: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return the factor of the adapted layers of one group, from the vectors of their norms."""
-        return norms.trust_ratio(x_norm, u_norm, group["phi"])
+    def _move(self, layers: Layers) -> Tensor:
+        """Move the layers of one device, and return their trust ratios."""
+        backend = self._backend_now()
+        ratios = backend.step(self.rule, layers, self.norm) if layers.whole else None
+        if ratios is not None:
+            return ratios
+        local, memory = backend.direction(self.rule, layers, self.norm)
+        x_norms, u_norms = norms.combine(local, [layer.cut for layer in layers], self.norm).unbind()
+        ratios = norms.trust_ratios(x_norms, u_norms, [layer.ratio for layer in layers])
+        backend.apply(self.rule, layers, ratios, memory)
+        for layer in layers:
+            if layer.rounded is not None:
+                precision.store_weights([layer.rounded], [layer.x])
+        return ratios
+
+    def _ratio(self, group: dict[str, Any]) -> norms.Ratio | None:
+        """Say how the layers of a group that adapts get their factor; None if they do not adapt after all."""
+        return norms.Ratio(group["phi"])
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
         """Return the trust ratio of every layer that the last step moved; no part of the state dict.
@@ -87,52 +102,33 @@ class LayerwiseOptimizer(Optimizer):
         nothing here waits for it. A layer that does not adapt has 1, and one that had to stay where it was (a gradient
         with inf or NaN) has NaN. Empty before the first step.
         """
-        return dict(self._ratios[0])
+        return {name: r for names, ratios in self._ratios[0] for name, r in zip(names, ratios.unbind(), strict=True)}
 
     @property
     def backend(self) -> str:
         """Name the code that moves the layers, which ``backend="auto"`` leaves the optimizer to choose."""
         return self._backend.name
 
+    def _backend_now(self) -> Backend:
+        """Return the backend to use: that of torch operations where `torch.compile` traces the step."""
+        return self._traceable_backend if torch.compiler.is_compiling() else self._backend
+
     # ---- what a step works on ----
 
-    def _layers_by_device(self) -> Iterator[list[Layer]]:
+    def _layers_by_device(self) -> list[Layers]:
         """Gather the parameters that have a gradient, their step counted, device by device."""
-        by_device: dict[torch.device, list[Layer]] = {}
-        moving = [x for group in self.param_groups for x in group["params"] if x.grad is not None]
-        gradients = iter(norms.gradients(moving))
-        position = 0
-        for group in self.param_groups:
-            self._init_group(group)
-            names = group.get("param_names", [None] * len(group["params"]))
-            found = []
-            for x, name in zip(group["params"], names, strict=True):
-                parts = norms.parts(x, name, position, with_origin=self.state_dtype is torch.bfloat16)
-                position += len(parts)
-                if x.grad is not None:
-                    found.append((x, next(gradients), self.state[x], parts))
-            hypers = self._hypers(group, [state for _, _, state, _ in found])
-            for (x, g, state, parts), hyper in zip(found, hypers, strict=True):
-                weights = state.get("master_param", x)
-                for part in parts:
-                    tensors = {key: part.of(state[key]) for key in self.state_keys}
-                    layer = Layer(*part[:2], part.of(weights), part.of(g), tensors, hyper, group, part.cut, part.origin)
-                    by_device.setdefault(x.device, []).append(layer)
-        yield from by_device.values()
-
-    def _hypers(self, group: dict[str, Any], states: list[dict[str, Any]]) -> list[Any]:
-        """Count the step in every state, and return the rule's numbers for it."""
-        if not states:
-            return []
-        if not self.counts_steps:
-            return [self._hyper(group, None)] * len(states)
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        if group["capturable"] or torch.compiler.is_compiling():
-            return [self._hyper(group, step.to(norms.total_dtype(step.device))) for step in steps]
-        times = torch.stack(steps).tolist()  # on the host, where torch keeps them: waits for no device
-        distinct = {t: self._hyper(group, t) for t in set(times)}
-        return [distinct[t] for t in times]
+        grads = [x.grad for group in self.param_groups for x in group["params"]]
+        if any(map(attrgetter("is_sparse"), [g for g in grads if g is not None])):
+            raise ValueError(f"{type(self).__name__} does not take sparse gradients: make the embedding dense")
+        if torch.compiler.is_compiling():
+            gathered = Gathered(self, grads)
+        elif self._gathered is not None and self._gathered.is_of(self, grads):
+            gathered = self._gathered
+        else:
+            self._choose_backend()  # the parameters may have moved to another device since they were given
+            gathered = self._gathered = Gathered(self, grads)
+        gathered.fill(self, grads, self._backend_now())
+        return list(gathered.by_device.values())
 
     def _hyper(self, group: dict[str, Any], t: Any) -> Any:
         """Return the rule's numbers for the t-th step of a layer of ``group``."""
@@ -146,8 +142,6 @@ class LayerwiseOptimizer(Optimizer):
         for x in group["params"]:
             if x.grad is None:
                 continue
-            if x.grad.is_sparse:
-                raise ValueError(f"{type(self).__name__} does not take sparse gradients: make the embedding dense")
             state = self.state[x]
             if self.counts_steps and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=step_device(x, group))
@@ -156,12 +150,6 @@ class LayerwiseOptimizer(Optimizer):
                     state[key] = torch.zeros_like(x, dtype=precision.state_dtype(x, self.state_dtype))
             if self.master_weights and x.dtype.itemsize < 4 and "master_param" not in state:
                 state["master_param"] = x.detach().float()
-
-    def _round_masters(self) -> None:
-        """Copy the float32 masters into the parameters that the model computes with."""
-        for x, state in self.state.items():
-            if "master_param" in state and x.grad is not None:
-                precision.store_weights([norms.local(x)], [norms.local(state["master_param"])])
 
     # ---- groups and state dicts ----
 
@@ -186,6 +174,7 @@ class LayerwiseOptimizer(Optimizer):
     def _choose_backend(self) -> None:
         params = [norms.local(x) for group in self.param_groups for x in group["params"]]
         self._backend = backends.choose(self.asked_backend, self.rule, params)
+        self._traceable_backend = self._backend if self._backend.compiles else backends.load("foreach")
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in self.settings}
@@ -196,7 +185,7 @@ class LayerwiseOptimizer(Optimizer):
             for key, value in self.defaults.items():
                 if key != "differentiable":  # which torch's __setstate__ adds, and which means nothing here
                     group.setdefault(key, value)
-        self._ratios = [{}]
+        self._ratios, self._gathered = [[]], None
         self._choose_backend()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -226,11 +215,6 @@ class LayerwiseOptimizer(Optimizer):
                 check("state_dict", sorted(map(str, state)), "step" in state, "a step count beside every state")
                 step = torch.as_tensor(state["step"], dtype=torch.float32, device=step_device(x, group))
                 state["step"] = step.clone()
-
-
-def step_device(x: Tensor, group: dict[str, Any]) -> torch.device:
-    """Return where the step count of a layer lives: on the host, unless a CUDA graph is to hold the step."""
-    return x.device if group["capturable"] else torch.device("cpu")
 
 
 def rate_of(group: dict[str, Any]) -> float | Tensor:

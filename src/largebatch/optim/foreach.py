@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import norms
-from .backends import Layer
+from .backends import Backend, Layer, Layers
 from .precision import compute_dtype, store, store_weights
 
 Tensors = list[Tensor]
@@ -119,15 +119,12 @@ RULES = {
 }
 
 
-class Foreach:
+class Foreach(Backend):
     """The backend that applies the functions above to one bucket after another."""
 
     name = "foreach"
 
-    def refuses(self, rule: str, params: Sequence[Tensor]) -> str | None:
-        return None
-
-    def direction(self, rule: str, layers: Sequence[Layer], norm: str) -> tuple[Tensor, None]:
+    def direction(self, rule: str, layers: Layers, norm: str) -> tuple[Tensor, None]:
         owners: list[int] = []
         measured: list[Tensors] = [[], []]
         for bucket in buckets(layers):
@@ -142,12 +139,12 @@ class Foreach:
             measured[1] += u_pieces if marks is None else torch._foreach_add(u_pieces, marks)
         return torch.stack([norms.join(pieces, owners, norm) for pieces in measured]), None
 
-    def apply(self, rule: str, layers: Sequence[Layer], ratio: Tensor, memory: None) -> None:
+    def apply(self, rule: str, layers: Layers, ratio: Tensor, memory: None) -> None:
         of_layer = ratio.unbind()
         may_wait = on_host(ratio)
         if may_wait:
             moving = [i for i, moves in enumerate(ratio.isfinite().tolist()) if moves]
-            layers, of_layer = [layers[i] for i in moving], tuple(of_layer[i] for i in moving)
+            layers, of_layer = Layers(layers[i] for i in moving), tuple(of_layer[i] for i in moving)
         for bucket in buckets(layers):
             x, g, state = in_compute_dtype(bucket)
             u, _ = RULES[rule].direction(x, g, state, bucket.hyper)

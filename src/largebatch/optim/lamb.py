@@ -5,11 +5,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import norms
 from .base import LayerwiseOptimizer, rate_of
 from .checks import check, is_interval
 from .dialects import dialect
-from .norms import Phi
+from .norms import Phi, Ratio
 
 Correction = bool | Literal["folded"]
 
@@ -172,16 +171,12 @@ class LAMB(LayerwiseOptimizer):
             return 1.0, 0.0, 1.0, 0.0
         return 1 / (1 - beta1**t), 0.0, 1 / (1 - beta2**t), 0.0
 
-    def _trust_ratio(self, x_norm: Tensor, u_norm: Tensor, group: dict[str, Any]) -> Tensor:
+    def _ratio(self, group: dict[str, Any]) -> Ratio | None:
         if not group["always_adapt"] and group["weight_decay"] == 0:
-            return torch.ones_like(x_norm)
-        if group["decoupled_weight_decay"]:  # which comes first, and shortens x
-            x_norm = x_norm * abs(1 - rate_of(group) * group["weight_decay"])
-        ratio = norms.trust_ratio(x_norm, u_norm, group["phi"])
-        bounds = group["ratio_bounds"]
-        if bounds is None:
-            return ratio
-        return torch.where((x_norm == 0) | (u_norm == 0), 1.0, ratio.clamp(*bounds))
+            return None
+        # A decoupled decay comes first, and shortens x.
+        shrink = abs(1 - rate_of(group) * group["weight_decay"]) if group["decoupled_weight_decay"] else 1.0
+        return Ratio(group["phi"], shrink=shrink, bounds=group["ratio_bounds"])
 
 
 class NLAMB(LAMB):

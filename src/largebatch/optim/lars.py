@@ -2,13 +2,11 @@
 
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import norms
 from .base import LayerwiseOptimizer, rate_of
 from .checks import check
-from .norms import Phi
+from .norms import Phi, Ratio
 
 Form = Literal["paper", "2017"]
 
@@ -122,9 +120,6 @@ class LARS(LayerwiseOptimizer):
     def _hyper(self, group: dict[str, Any], t: None) -> Hyper:
         return Hyper(rate_of(group), group["momentum"], group["weight_decay"], group["nesterov"], group["maximize"])
 
-    def _trust_ratio(self, x_norm: Tensor, u_norm: Tensor, group: dict[str, Any]) -> Tensor:
-        divisor = u_norm + group["eps"]
-        if self.form == "2017":  # u_norm is ‖g‖ there
-            divisor = divisor + group["weight_decay"] * x_norm
-        ratio = group["trust_coefficient"] * norms.phi_of(group["phi"], x_norm) / divisor
-        return torch.where((x_norm == 0) | (u_norm == 0), 1.0, ratio)
+    def _ratio(self, group: dict[str, Any]) -> Ratio:
+        decay = group["weight_decay"] if self.form == "2017" else 0.0  # ‖u‖ is ‖g‖ there
+        return Ratio(group["phi"], eps=group["eps"], decay=decay, coefficient=group["trust_coefficient"])

@@ -93,7 +93,8 @@ class Layerwise(Optimizer):
             owners = range(len(moved))
             local = torch.stack([norms.join(pieces, owners, self.norm) for pieces in (measured, measured_u)])
             x_norms, u_norms = norms.combine(local, [layer.cut for layer in moved], self.norm).unbind()
-            ratios = norms.trust_ratios(x_norms, u_norms, [layer.group for layer in moved], self._trust_ratio)
+            by_group = {id(group): norms.Ratio(group["phi"]) if group["adapt"] else None for group in self.param_groups}
+            ratios = norms.trust_ratios(x_norms, u_norms, [by_group[id(layer.group)] for layer in moved])
             for layer, ratio in zip(moved, ratios.unbind(), strict=True):
                 of_layers[layer.name] = ratio
                 if layer.group["adapt"]:
@@ -123,10 +124,6 @@ class Layerwise(Optimizer):
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
         return by_device.values()
-
-    @staticmethod
-    def _trust_ratio(x_norm: Tensor, u_norm: Tensor, group: dict[str, Any]) -> Tensor:
-        return norms.trust_ratio(x_norm, u_norm, group["phi"])
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
         """Return the trust ratio of every layer that the last step moved; see `LAMB.trust_ratios`."""

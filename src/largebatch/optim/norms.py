@@ -303,12 +303,33 @@ def phi_of(phi: Phi, x_norm: Tensor) -> Tensor:
     return x_norm.clamp(low, high)
 
 
-def trust_ratios(
-    x_norms: Tensor,
-    u_norms: Tensor,
-    groups: Sequence[dict[str, Any]],
-    ratio: Callable[[Tensor, Tensor, dict[str, Any]], Tensor],
-) -> Tensor:
+class Ratio(NamedTuple):
+    """How a group's layers get their factor of the learning rate from ‖x‖ and ‖u‖.
+
+    bounds(coefficient · φ(z) / (‖u‖ + eps + decay · z)), where z = shrink · ‖x‖; and 1 where z or ‖u‖ is zero.
+    """
+
+    phi: Phi = None
+    shrink: float | Tensor = 1.0
+    eps: float = 0.0
+    decay: float = 0.0
+    coefficient: float = 1.0
+    bounds: tuple[float, float] | None = None
+
+
+def trust_ratio(x_norm: Tensor, u_norm: Tensor, ratio: Ratio) -> Tensor:
+    """Return the factors of layers that share ``ratio``, from the vectors of their norms."""
+    z = x_norm * ratio.shrink
+    divisor = u_norm + ratio.eps
+    if ratio.decay != 0:
+        divisor = divisor + ratio.decay * z
+    factor = ratio.coefficient * phi_of(ratio.phi, z) / divisor
+    if ratio.bounds is not None:
+        factor = factor.clamp(*ratio.bounds)
+    return torch.where((z == 0) | (u_norm == 0), 1.0, factor)
+
+
+def trust_ratios(x_norms: Tensor, u_norms: Tensor, ratios: Sequence[Ratio | None]) -> Tensor:
     """Return what multiplies each layer's learning rate, [L], from the norms of the layers, [L] each.
 
     NaN stands for a layer that has to stay where it is: its ‖u‖ or its ratio is not finite.
@@ -316,21 +337,16 @@ def trust_ratios(
     Args:
         x_norms: ‖x‖.
         u_norms: ‖u‖.
-        groups: each layer's parameter group. Neighbours of one group share its φ and are reckoned together.
-        ratio: what to do with the norms of a group that adapts.
+        ratios: what to make of them, None for layers that do not adapt. Neighbours that share the object are reckoned
+            together, so that a callable φ gets a vector.
     """
-    ratios, start = [], 0
-    while start < len(groups):
-        group, stop = groups[start], start
-        while stop < len(groups) and groups[stop] is group:
+    factors, start = [], 0
+    while start < len(ratios):
+        ratio, stop = ratios[start], start
+        while stop < len(ratios) and ratios[stop] is ratio:
             stop += 1
         x_norm, u_norm = x_norms[start:stop], u_norms[start:stop]
-        ratios.append(ratio(x_norm, u_norm, group) if group["adapt"] else torch.ones_like(x_norm))
+        factors.append(torch.ones_like(x_norm) if ratio is None else trust_ratio(x_norm, u_norm, ratio))
         start = stop
-    together = torch.cat(ratios)
+    together = torch.cat(factors)
     return torch.where(u_norms.isfinite() & together.isfinite(), together, torch.nan)
-
-
-def trust_ratio(x_norm: Tensor, u_norm: Tensor, phi: Phi) -> Tensor:
-    """Return φ(‖x‖)/‖u‖, and 1 where either norm is zero, so that a layer of zeros takes the plain step."""
-    return torch.where((x_norm == 0) | (u_norm == 0), 1.0, phi_of(phi, x_norm) / u_norm)

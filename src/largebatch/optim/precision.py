@@ -59,15 +59,17 @@ def round_stochastically(value: Tensor, seed: Tensor, first: int = 0, origin: Or
         value: float32; it becomes exactly representable in bfloat16.
         seed: 0-D int32.
         first: the position of the first element in what this process holds of the layer.
-        origin: where in the layer that lies. The noise depends on the position in the whole layer.
+        origin: where in the layer that lies. The noise depends on the position in the whole layer. Positions are those
+            in memory, whatever the order of the dimensions.
     """
     start = (origin.start + first + (1 << 31)) % (1 << 32) - (1 << 31)
-    index = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
+    index = torch.empty_like(value, dtype=torch.int32)
+    index.as_strided((value.numel(),), (1,)).copy_(torch.arange(value.numel(), dtype=torch.int32, device=value.device))
     if origin.skip:
         rows = torch.div(index.long() + first, origin.run, rounding_mode="floor")  # `first` may be beyond 32 bits
         index += (rows * origin.skip).to(torch.int32)  # which wraps around, as all of the noise does
     noise = mix(index + start + seed) & 0xFFFF
-    rounded = ((value.contiguous().view(torch.int32) + noise) & -0x10000).view(torch.float32)
+    rounded = ((value.view(torch.int32) + noise) & -0x10000).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value)
 
 

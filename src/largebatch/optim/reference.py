@@ -5,14 +5,14 @@ how x descends along u. ``h`` holds the rule's numbers, `lamb.Hyper` or `lars.Hy
 this one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import norms
-from .backends import Layer
+from .backends import Backend, Layer, Layers
 from .precision import compute_dtype, store, store_weights
 
 State = dict[str, Tensor]
@@ -86,15 +86,12 @@ RULES = {
 }
 
 
-class Reference:
+class Reference(Backend):
     """The backend that applies the functions above to one layer after another."""
 
     name = "reference"
 
-    def refuses(self, rule: str, params: Sequence[Tensor]) -> str | None:
-        return None
-
-    def direction(self, rule: str, layers: Sequence[Layer], norm: str) -> tuple[Tensor, list[Tensor]]:
+    def direction(self, rule: str, layers: Layers, norm: str) -> tuple[Tensor, list[Tensor]]:
         updates: list[Tensor] = []
         measured: list[list[Tensor]] = [[], []]
         for layer in layers:
@@ -109,7 +106,7 @@ class Reference:
         owners = range(len(layers))
         return torch.stack([norms.join(pieces, owners, norm) for pieces in measured]), updates
 
-    def apply(self, rule: str, layers: Sequence[Layer], ratio: Tensor, memory: list[Tensor]) -> None:
+    def apply(self, rule: str, layers: Layers, ratio: Tensor, memory: list[Tensor]) -> None:
         for layer, u, r in zip(layers, memory, ratio.unbind(), strict=True):
             x, _ = widen(layer)
             old, moves = {"x": x, **read(layer)}, r.isfinite()

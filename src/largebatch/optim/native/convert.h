@@ -6,6 +6,7 @@
 #ifndef LARGEBATCH_CONVERT_H
 #define LARGEBATCH_CONVERT_H
 
+#include <math.h>
 #include <string.h>
 
 #include "native.h"
@@ -63,12 +64,13 @@ static inline float from_float16(uint16_t a) {
     return float_of(bits | (uint32_t)(a & 0x8000u) << 16);
 }
 
+/* What float16 cannot hold becomes its largest number, not inf. */
 static inline uint16_t to_float16(float a) {
+    a = a > 65504 ? 65504 : a < -65504 ? -65504 : a;
     uint32_t sign = bits_of(a) & 0x80000000u, magnitude = bits_of(a) ^ sign;
     uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1)) >> 13;
     uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f); /* the addition rounds to 2^-24 */
-    uint32_t not_finite = a != a ? 0x7e00u : 0x7c00u;
-    uint32_t bits = magnitude < 113u << 23 ? subnormal : magnitude < 143u << 23 ? normal : not_finite;
+    uint32_t bits = magnitude < 113u << 23 ? subnormal : a == a ? normal : 0x7e00u;
     return (uint16_t)(bits | sign >> 16);
 }
 
@@ -82,6 +84,23 @@ static inline float *read_block(void *tensor, int8_t dtype, int64_t first, int n
         for (int i = 0; i < n; i++) room[i] = from_bfloat16(narrow[i]);
     else
         for (int i = 0; i < n; i++) room[i] = from_float16(narrow[i]);
+    return room;
+}
+
+/* Return elements of a gradient as float32, with 0 for those whose square is not finite; if there are any of these,
+ * `*bad` becomes NaN. */
+static inline const float *read_gradient(const void *tensor, int8_t dtype, int64_t first, int n, float *restrict room,
+                                         double *bad) {
+    const uint32_t two_to_64 = 191u << 23; /* the square of the next smaller number is finite */
+    const float *g = read_block((void *)tensor, dtype, first, n, room);
+    uint32_t largest = 0;
+    for (int i = 0; i < n; i++) {
+        uint32_t magnitude = bits_of(g[i]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest < two_to_64) return g;
+    *bad = NAN;
+    for (int i = 0; i < n; i++) room[i] = (bits_of(g[i]) & 0x7fffffffu) < two_to_64 ? g[i] : 0;
     return room;
 }
 
@@ -99,14 +118,20 @@ static inline void write_block(void *tensor, int8_t dtype, int64_t first, int n,
 }
 
 /* The same for a block of the state, which bfloat16 rounds by chance; the block becomes what was written. */
-static inline void write_state(void *tensor, int8_t dtype, int64_t first, int n, float *restrict block, uint32_t seed) {
+static inline void write_state(void *tensor, int8_t dtype, int64_t first, int n, float *restrict block, uint32_t seed,
+                               struct origin origin) {
     if (dtype != BFLOAT16) {
         write_block(tensor, dtype, first, n, block);
         return;
     }
     uint16_t *restrict narrow = (uint16_t *)tensor + first;
-    const uint32_t start = (uint32_t)first + seed;
-    for (int i = 0; i < n; i++) narrow[i] = to_bfloat16_stochastically(block[i], mix(start + (uint32_t)i));
+    const int64_t run = origin.skip ? origin.run : INT64_MAX; /* elements that lie together in the whole layer */
+    for (int begin = 0, end; begin < n; begin = end) {
+        const int64_t position = first + begin, left = run - position % run;
+        end = left < n - begin ? begin + (int)left : n;
+        const uint32_t start = (uint32_t)(origin.start + first + position / run * origin.skip) + seed;
+        for (int i = begin; i < end; i++) narrow[i] = to_bfloat16_stochastically(block[i], mix(start + (uint32_t)i));
+    }
     for (int i = 0; i < n; i++) block[i] = from_bfloat16(narrow[i]);
 }
 

@@ -4,8 +4,6 @@
  * compiled once for each instruction set, with VARIANT as the name of the table at its end, and with contraction to
  * fused multiply-adds off: all variants then compute the same bits, on any number of threads.
  */
-#include <math.h>
-
 #include "convert.h"
 
 enum { BLOCK = 1024, LANES = 32 };
@@ -81,19 +79,21 @@ static void lamb_direct(const struct layer *layer, const struct numbers *numbers
     const uint32_t seed = mix(numbers->t) + 8 * layer->position;
     float x_room[BLOCK], g_room[BLOCK], m_room[BLOCK], v_room[BLOCK], u[BLOCK];
     norms[0] = norms[1] = 0;
+    double bad = 0;
     for (int n; first < last; first += n) {
         n = last - first < BLOCK ? (int)(last - first) : BLOCK;
         const float *x = read_block(layer->x, layer->x_dtype, first, n, x_room);
-        const float *g = read_block((void *)layer->g, layer->g_dtype, first, n, g_room);
+        const float *g = read_gradient(layer->g, layer->g_dtype, first, n, g_room, &bad);
         float *m = read_block(layer->state[0], layer->state_dtype, first, n, m_room);
         float *v = read_block(layer->state[1], layer->state_dtype, first, n, v_room);
         lamb_state(n, g, m, v, h);
-        write_state(layer->state[0], layer->state_dtype, first, n, m, mix(seed));
-        write_state(layer->state[1], layer->state_dtype, first, n, v, mix(seed + 1));
+        write_state(layer->state[0], layer->state_dtype, first, n, m, mix(seed), layer->origin);
+        write_state(layer->state[1], layer->state_dtype, first, n, v, mix(seed + 1), layer->origin);
         lamb_direction(n, x, g, m, v, u, h);
         norms[0] = join(norm, norms[0], measure(norm, n, x));
         norms[1] = join(norm, norms[1], measure(norm, n, u));
     }
+    norms[1] += bad;
 }
 
 static void move(int n, float *restrict x, const float *restrict u, float keep, float step) {
@@ -151,10 +151,11 @@ static void lars_direct(const struct layer *layer, const struct numbers *numbers
     const struct lars h = lars_of(numbers);
     float x_room[BLOCK], g_room[BLOCK], m_room[BLOCK], u_room[BLOCK];
     norms[0] = norms[1] = 0;
+    double bad = 0;
     for (int n; first < last; first += n) {
         n = last - first < BLOCK ? (int)(last - first) : BLOCK;
         const float *x = read_block(layer->x, layer->x_dtype, first, n, x_room);
-        const float *g = read_block((void *)layer->g, layer->g_dtype, first, n, g_room);
+        const float *g = read_gradient(layer->g, layer->g_dtype, first, n, g_room, &bad);
         float *m = read_block(layer->state[0], layer->state_dtype, first, n, m_room), *u = m;
         lars_average(n, x, g, m, m, h);
         write_block(layer->state[0], layer->state_dtype, first, n, m);
@@ -162,6 +163,7 @@ static void lars_direct(const struct layer *layer, const struct numbers *numbers
         norms[0] = join(norm, norms[0], measure(norm, n, x));
         norms[1] = join(norm, norms[1], measure(norm, n, u));
     }
+    norms[1] += bad;
 }
 
 static void lars_descend(const struct layer *layer, const struct numbers *numbers, double ratio, int64_t first,
@@ -188,13 +190,15 @@ static void lars2017_direct(const struct layer *layer, const struct numbers *num
     (void)numbers;
     float x_room[BLOCK], g_room[BLOCK];
     norms[0] = norms[1] = 0;
+    double bad = 0;
     for (int n; first < last; first += n) {
         n = last - first < BLOCK ? (int)(last - first) : BLOCK;
         const float *x = read_block(layer->x, layer->x_dtype, first, n, x_room);
-        const float *g = read_block((void *)layer->g, layer->g_dtype, first, n, g_room);
+        const float *g = read_gradient(layer->g, layer->g_dtype, first, n, g_room, &bad);
         norms[0] = join(norm, norms[0], measure(norm, n, x));
         norms[1] = join(norm, norms[1], measure(norm, n, g));
     }
+    norms[1] += bad;
 }
 
 static void lars2017_move(int n, float *restrict x, const float *restrict g, float *restrict b, struct lars h,

@@ -1,6 +1,6 @@
 /* What the parts of the native backend share: the description of a step's work, which Python fills in.
  *
- * table.py mirrors `struct layer` and `struct numbers` field by field; `largebatch_layout` tells it their sizes.
+ * library.py mirrors `struct layer` and `struct numbers` field by field; `largebatch_layout` tells it their sizes.
  */
 #ifndef LARGEBATCH_NATIVE_H
 #define LARGEBATCH_NATIVE_H
@@ -18,6 +18,9 @@ struct layer {
     void *state[2];    /* LAMB: m and v. LARS: the momentum, and nothing */
     void *rounded;     /* where a master copy is rounded to, or null */
     int64_t count;     /* elements */
+    struct origin {
+        int64_t start, run, skip;
+    } origin;          /* element i is number start + i + (i / run) * skip of the whole layer: see precision.Origin */
     uint32_t position; /* among all parameters of the optimizer: seeds the stochastic rounding */
     int32_t numbers;   /* index of its `struct numbers` */
     int8_t x_dtype, g_dtype, state_dtype, rounded_dtype;
@@ -52,6 +55,9 @@ static inline double join(enum norm norm, double a, double b) {
     if (norm != LINF) return a + b;
     return b > a || b != b ? b : a;
 }
+
+/* What the library shows; all else is compiled with hidden visibility. */
+#define EXPORTED __attribute__((visibility("default")))
 
 /* threads.c */
 struct team;

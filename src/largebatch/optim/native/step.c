@@ -7,7 +7,7 @@
  */
 #include <math.h>
 #include <stdatomic.h>
-#include <stdlib.h>
+#include <string.h>
 
 #include "native.h"
 
@@ -15,6 +15,9 @@ enum { PART = 1 << 15, MAX_PARTS = 4096 };
 
 /* Layers from here on are shared: their four tensors overflow a core's level-2 cache. */
 enum { LARGE = 1 << 16 };
+
+/* Fewer elements than this take less time than it takes to wake a thread. */
+enum { WORTH_A_TEAM = 1 << 15 };
 
 enum phase { DIRECT = 1, DESCEND = 2 };
 
@@ -40,12 +43,15 @@ static double clamp(double value, double low, double high) {
     return value < low ? low : value > high ? high : value;
 }
 
-/* The factor of the learning rate, as in `norms.trust_ratio`. */
+/* The factor of the learning rate, as in `norms.trust_ratios`: NaN for a layer that has to stay where it is. */
 static double trust_ratio(const struct numbers *h, double x_norm, double u_norm) {
     x_norm *= h->shrink;
+    if (!isfinite(u_norm)) return NAN;
     if (!h->adapt || x_norm == 0 || u_norm == 0) return 1;
-    double divisor = u_norm + h->ratio_eps + h->ratio_decay * x_norm;
-    return clamp(h->coefficient * clamp(x_norm, h->low, h->high) / divisor, h->lower, h->upper);
+    double divisor = u_norm + h->ratio_eps;
+    if (h->ratio_decay != 0) divisor += h->ratio_decay * x_norm;
+    double ratio = clamp(h->coefficient * clamp(x_norm, h->low, h->high) / divisor, h->lower, h->upper);
+    return isfinite(ratio) ? ratio : NAN;
 }
 
 static double finish(enum norm norm, double measured) { return norm == L2 ? sqrt(measured) : measured; }
@@ -58,8 +64,8 @@ static double conclude(const struct step *step, int64_t index, const double norm
                             finish(step->norm, norms[1]));
     if (!keep) return ratio;
     if (step->measured) {
-        step->measured[index] = norms[0];
-        step->measured[index + step->num_layers] = norms[1];
+        for (int k = 0; k < 2; k++) /* a maximum over processes may lose a NaN */
+            step->measured[index + k * step->num_layers] = step->norm == LINF && isnan(norms[k]) ? INFINITY : norms[k];
     }
     if (step->phases & DESCEND) step->ratios[index] = ratio;
     return ratio;
@@ -89,13 +95,15 @@ static void move_layer(struct step *step, int64_t index, double (*parts)[2], str
         join_parts(step->norm, num_parts, parts, norms);
         ratio = conclude(step, index, norms, rank == 0);
     }
-    if (step->phases & DESCEND)
+    if ((step->phases & DESCEND) && !isnan(ratio))
         for (int64_t i = end; i-- > begin;) {
             int64_t last = (i + 1) * span;
             step->kernel->descend(layer, numbers, ratio, i * span, last < layer->count ? last : layer->count);
         }
 }
 
+/* One thread's part of a step: its shares of the large layers, which all threads meet in the same order, then such small
+ * layers as are left. Alone, it takes all as they come. */
 static void member(void *context, struct team *team, int rank, int size) {
     struct step *step = context;
     int turn = 0;
@@ -104,4 +112,74 @@ static void member(void *context, struct team *team, int rank, int size) {
     double own_parts[MAX_PARTS][2];
     for (int64_t i; (i = atomic_fetch_add(&step->next_small, 1)) < step->num_layers;)
         if (size == 1 || step->layers[i].count < LARGE) move_layer(step, i, own_parts, team, 0, 1);
+}
+
+/* ---- what Python calls ---- */
+
+static const struct {
+    const char *name;
+    const struct rule_kernel *kernel;
+} variants[] = {
+#ifdef __x86_64__
+    {"avx512", largebatch_avx512},
+    {"avx2", largebatch_avx2},
+#endif
+    {"baseline", largebatch_baseline},
+};
+
+enum { NUM_VARIANTS = sizeof variants / sizeof *variants };
+
+static int chosen = NUM_VARIANTS - 1;
+
+static int runs_here(int variant) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (variants[variant].kernel == largebatch_avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (variants[variant].kernel == largebatch_avx2) return __builtin_cpu_supports("avx2");
+#endif
+    (void)variant;
+    return 1;
+}
+
+/* Choose the best instruction set that this processor has, none beyond `highest` if that is not null. Return its name,
+ * or null if there is no such set as `highest`. */
+EXPORTED const char *largebatch_choose(const char *highest) {
+    int variant = 0;
+    while (highest && variant < NUM_VARIANTS && strcmp(variants[variant].name, highest)) variant++;
+    if (variant == NUM_VARIANTS) return 0;
+    while (!runs_here(variant)) variant++;
+    return variants[chosen = variant].name;
+}
+
+/* Tell the sizes of what is shared with Python. */
+EXPORTED void largebatch_layout(int64_t sizes[2]) {
+    sizes[0] = sizeof(struct layer);
+    sizes[1] = sizeof(struct numbers);
+}
+
+/* Add one to `num` step counts, and copy them out. */
+EXPORTED void largebatch_count(float *const *steps, int64_t num, float *counts) {
+    for (int64_t i = 0; i < num; i++) counts[i] = *steps[i] += 1;
+}
+
+/* Take the phases of a step that `phases` names, for layers of one rule. See `struct step`. */
+EXPORTED void largebatch_step(const struct layer *layers, int64_t num_layers, const struct numbers *numbers, int rule,
+                              int norm, int phases, int num_threads, double *measured, double *ratios) {
+    double parts[2][MAX_PARTS][2];
+    int64_t total = 0;
+    for (int64_t i = 0; i < num_layers; i++) total += layers[i].count;
+    struct step step = {
+        .layers = layers,
+        .numbers = numbers,
+        .num_layers = num_layers,
+        .kernel = &variants[chosen].kernel[rule],
+        .norm = (enum norm)norm,
+        .phases = phases,
+        .measured = measured,
+        .ratios = ratios,
+        .parts = parts,
+    };
+    run_in_team(total < WORTH_A_TEAM ? 1 : num_threads, member, &step);
 }

@@ -10,9 +10,15 @@
 
 #include "native.h"
 
-extern void GOMP_parallel(void (*)(void *), void *, unsigned size, unsigned flags) __attribute__((weak));
-extern int omp_get_thread_num(void) __attribute__((weak));
-extern int omp_get_num_threads(void) __attribute__((weak));
+#ifdef __APPLE__
+#define IF_LOADED __attribute__((weak_import))
+#else
+#define IF_LOADED __attribute__((weak))
+#endif
+
+extern void GOMP_parallel(void (*)(void *), void *, unsigned size, unsigned flags) IF_LOADED;
+extern int omp_get_thread_num(void) IF_LOADED;
+extern int omp_get_num_threads(void) IF_LOADED;
 
 enum { SPINS = 4096, MAX_THREADS = 1024 };
 

@@ -1,0 +1,146 @@
+"""What the kernel is told about the layers, in arrays that are filled in anew only where something changed.
+
+Over thousands of small layers a step's time is Python's. What is done here for each layer at each step is therefore one
+call in a `map`, for every address and for its gradient's layout and dtype.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..backends import Layer, Layers
+from .library import DTYPES, LAYER, NUMBERS
+
+Rows = NDArray[np.void]
+Strides = tuple[int, ...]
+
+
+class Table:
+    """The layers of one optimizer and device, as the kernel reads them."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.owned = [tensor for layer in layers for tensor in owned(layer)]
+        self.addresses = addresses(self.owned)
+        self.moved = [tensor for layer in layers for tensor in (layer.x, layer.rounded) if tensor is not None]
+        self.irregular = [i for i, layer in enumerate(layers) if not in_one_order(owned(layer))]
+        self.orders = [layer.x.stride() for layer in layers]
+        for i in self.irregular:
+            self.orders[i] = torch.empty(layers[i].x.shape, device="meta").stride()
+        self.strides = list(self.orders)  # of gradients that can be read as they are
+        self.dtypes = [layer.x.dtype for layer in layers]
+        self.rows: Rows = np.zeros(len(layers), LAYER)
+        for row, layer in zip(self.rows, layers, strict=True):
+            row["position"], row["origin"] = layer.position, layer.origin
+            enter(row, owned(layer), layer.rounded is not None)
+        self.rows["g_dtype"] = self.rows["x_dtype"]
+
+    def is_current(self) -> bool:
+        """Say whether the tensors lie where they did: assigning to a tensor's ``data`` moves it."""
+        return np.array_equal(addresses(self.owned), self.addresses)
+
+    def enter_gradients(self, layers: Layers) -> list[Tensor]:
+        """Enter the gradients, and return them: some are copies, which live as long as the list does."""
+        grads = [layer.g for layer in layers]
+        strides, dtypes = list(map(Tensor.stride, grads)), [g.dtype for g in grads]
+        if strides != self.strides or dtypes != self.dtypes:
+            for i, g in enumerate(grads):
+                if strides[i] != self.strides[i] or dtypes[i] != self.dtypes[i]:
+                    grads[i] = readable(g, self.orders[i])
+                    self.rows["g_dtype"][i] = DTYPES[grads[i].dtype]
+                    self.strides[i], self.dtypes[i] = grads[i].stride(), grads[i].dtype
+        self.rows["g"] = addresses(grads)
+        return grads
+
+    def enter_numbers(self, layers: Layers) -> Rows:
+        """Enter which of the rows of numbers, which are returned, is each layer's."""
+        of_hyper = {id(layer.hyper): layer for layer in layers}
+        index = dict(zip(of_hyper, range(len(of_hyper)), strict=True))
+        self.rows["numbers"] = [index[id(layer.hyper)] for layer in layers]
+        numbers: Rows = np.zeros(len(of_hyper), NUMBERS)
+        for row, layer in zip(numbers, of_hyper.values(), strict=True):
+            for name, value in numbers_of(layer).items():
+                row[name] = value
+        return numbers
+
+    def substitute(self, layers: Layers) -> list[tuple[Tensor, Tensor]]:
+        """Enter dense copies of the layers that the kernel cannot walk through; return pairs (original, copy)."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for i in self.irregular:
+            layer = layers[i]
+            originals = owned(layer)
+            copies = [original.detach().clone(memory_format=torch.contiguous_format) for original in originals]
+            enter(self.rows[i], copies, layer.rounded is not None)
+            pairs += zip(originals, copies, strict=True)
+        return pairs
+
+
+def owned(layer: Layer) -> list[Tensor]:
+    """Return the tensors of a layer that a step changes: x, the state, and what x is rounded to."""
+    tensors = [layer.x, *layer.state.values()]
+    return tensors if layer.rounded is None else [*tensors, layer.rounded]
+
+
+def addresses(tensors: list[Tensor]) -> NDArray[np.uintp]:
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.uintp, len(tensors))
+
+
+def enter(row: Any, tensors: list[Tensor], has_master: bool) -> None:
+    """Describe what `owned` returned of a layer, or copies of that."""
+    x, *state = tensors
+    rounded = state.pop() if has_master else None
+    row["count"] = x.numel()
+    row["x"], row["x_dtype"] = x.data_ptr(), DTYPES[x.dtype]
+    row["state"] = [tensor.data_ptr() for tensor in state] + [0] * (2 - len(state))
+    row["state_dtype"] = DTYPES[state[0].dtype]
+    if rounded is not None:
+        row["rounded"], row["rounded_dtype"] = rounded.data_ptr(), DTYPES[rounded.dtype]
+
+
+def walk(shape: torch.Size, strides: Strides) -> list[tuple[int, int]]:
+    """Return stride and size of the dimensions that tell where in memory an element lies."""
+    return [(stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1]
+
+
+def in_one_order(tensors: list[Tensor]) -> bool:
+    """Say whether tensors of one shape lie in memory in the same order, without holes."""
+    if not tensors[0].numel():
+        return True
+    expected, (first, *others) = 1, [walk(tensor.shape, tensor.stride()) for tensor in tensors]
+    for stride, size in sorted(first):
+        if stride != expected:
+            return False
+        expected *= size
+    return all(other == first for other in others)
+
+
+def readable(g: Tensor, order: Strides) -> Tensor:
+    """Return a gradient in this order and in a dtype the kernel knows: itself, or a copy."""
+    dtype = g.dtype if g.dtype in DTYPES else torch.float32
+    if dtype is g.dtype and walk(g.shape, g.stride()) == walk(g.shape, order):
+        return g
+    return torch.empty_strided(g.shape, order, dtype=dtype).copy_(g)
+
+
+def numbers_of(layer: Layer) -> dict[str, float]:
+    """Return what a row of numbers holds, from the rule's numbers and the group's ratio."""
+    numbers = {name: float(value) for name, value in layer.hyper._asdict().items()}
+    if layer.ratio is None:
+        return numbers
+    phi = layer.ratio.phi  # a callable is for `norms.trust_ratio`, between the two passes
+    low, high = (-math.inf, math.inf) if phi is None or callable(phi) else phi
+    lower, upper = layer.ratio.bounds or (-math.inf, math.inf)
+    return numbers | {
+        "adapt": 1,
+        "shrink": float(layer.ratio.shrink),
+        "low": low,
+        "high": high,
+        "ratio_eps": layer.ratio.eps,
+        "ratio_decay": layer.ratio.decay,
+        "coefficient": layer.ratio.coefficient,
+        "lower": lower,
+        "upper": upper,
+    }

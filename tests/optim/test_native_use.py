@@ -1,0 +1,267 @@
+"""The native backend computes the same whoever computes, follows tensors that are exchanged, and knows its place.
+
+Guards against results that depend on the instruction set or the number of threads, addresses that outlive what lay
+there, temporaries of the size of the model, and a fallback that nobody hears of.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from optim_cases import build, give_gradients, largest_difference, layers, run
+from torch import Tensor
+
+from largebatch import LAMB, LARS, NNLAMB
+from largebatch.optim import backends
+
+native = pytest.importorskip("largebatch.optim.native", exc_type=ImportError)  # a machine without a compiler
+library = native.library
+
+CLOSE = 200 * 2**-23  # as in test_native.py
+ISAS = ("baseline", "avx2", "avx512")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    library.choose(native.BACKEND.library, os.environ.get(library.ISA_VARIABLE))
+
+
+def fingerprint(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
+    """Return everything that a step leaves behind."""
+    return (
+        [x.detach() for x in params]
+        + [v for state in optimizer.state.values() for v in state.values()]
+        + list(optimizer.trust_ratios().values())
+    )
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- who computes ----
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["lamb", "nnlamb", "lars-nesterov", "lars2017-nesterov", "lamb-linf"])
+def test_every_instruction_set_computes_the_same_bits(name: str, isa: str) -> None:
+    prints = []
+    for highest in ("baseline", isa):
+        chosen = library.choose(native.BACKEND.library, highest)
+        if chosen != highest:
+            pytest.skip(f"this processor has no {highest}")
+        for dtype in (torch.float32, *HALVES):
+            params = layers(dtype)
+            state_dtype = {} if name.startswith("lars") else {"state_dtype": torch.bfloat16}
+            for settings in ({}, state_dtype):
+                optimizer = build(name, params, backend="native", **settings)
+                run(optimizer, params, 5)
+                prints.append(fingerprint(optimizer, params))
+    half = len(prints) // 2
+    assert all(same_bits(a, b) for a, b in zip(prints[:half], prints[half:], strict=True))
+    assert not same_bits(prints[0], prints[1]) or name.startswith("lars")
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars2017", "lamb-l1", "lamb-callable"])
+def test_results_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    sizes = (5, 2**15 + 3, 2**16 - 1, 2**16, 5 * 2**16 + 7, 1000, 2**17 + 1)  # alone, shared, and between
+    prints = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
+        optimizer = build(name, params, backend="native")
+        run(optimizer, params, 3)
+        prints.append(fingerprint(optimizer, params))
+    assert all(same_bits(prints[0], other) for other in prints[1:])
+
+
+def test_the_threads_are_torchs() -> None:
+    """A pool of its own would compete with torch's, both waiting in busy loops."""
+    code = """
+import os, torch
+from largebatch import LAMB
+torch.set_num_threads(3)
+x = torch.randn(2**20, requires_grad=True)
+x.grad = torch.randn(2**20)
+optimizer = LAMB([x], backend="native")
+x.detach().mul(2)  # wakes torch's threads
+before = len(os.listdir("/proc/self/task"))
+for _ in range(3):
+    optimizer.step()
+print(before, len(os.listdir("/proc/self/task")))
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("counts threads in /proc")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    before, after = map(int, result.stdout.split())
+    assert before == after >= 3
+
+
+# ---- what a table must not outlive ----
+
+
+def swap_data(optimizer: LAMB, x: Tensor) -> None:
+    x.data = x.data.clone()
+
+
+def swap_state(optimizer: LAMB, x: Tensor) -> None:
+    optimizer.state[x]["exp_avg"] = optimizer.state[x]["exp_avg"].clone()
+
+
+def swap_state_data(optimizer: LAMB, x: Tensor) -> None:
+    optimizer.state[x]["exp_avg_sq"].data = optimizer.state[x]["exp_avg_sq"].data.clone()
+
+
+def swap_step(optimizer: LAMB, x: Tensor) -> None:
+    optimizer.state[x]["step"] = optimizer.state[x]["step"].clone()
+
+
+def reload(optimizer: LAMB, x: Tensor) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def grow(optimizer: LAMB, x: Tensor) -> None:
+    y = torch.ones(3, requires_grad=True)
+    y.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [y]})
+
+
+def leave_out_one(optimizer: LAMB, x: Tensor) -> None:
+    optimizer.param_groups[0]["params"][2].grad = None
+    optimizer.step()
+
+
+@pytest.mark.parametrize("change", [swap_data, swap_state, swap_state_data, swap_step, reload, grow, leave_out_one])
+def test_tensors_that_are_exchanged_between_steps_are_seen(change: Callable[[LAMB, Tensor], None]) -> None:
+    moved = []
+    for backend in ("native", "reference"):
+        params = layers(torch.float32)
+        optimizer = LAMB(params, lr=1e-2, backend=backend)
+        run(optimizer, params, 2)
+        change(optimizer, params[0])
+        run(optimizer, params, 2, first=2)
+        moved.append(params)
+    assert largest_difference(*moved) < CLOSE
+
+
+def test_gradients_are_not_kept() -> None:
+    x = torch.randn(100).requires_grad_()
+    x.grad = torch.randn(100)
+    optimizer = LAMB([x], backend="native")
+    optimizer.step()
+    gone = weakref.ref(x.grad)
+    x.grad = None
+    assert gone() is None
+
+
+def test_autograd_sees_that_the_weights_changed() -> None:
+    x = torch.randn(5).requires_grad_()
+    loss = (x * x).sum()
+    x.grad = torch.ones(5)
+    LAMB([x], backend="native").step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_step_allocates_nothing_of_the_size_of_the_model() -> None:
+    params = [torch.randn(1000, 1000).requires_grad_(), torch.randn(5).requires_grad_()]
+    give_gradients(params, 0)
+    for optimizer in (
+        LAMB(params, backend="native"),
+        NNLAMB(params, backend="native", state_dtype=torch.bfloat16),
+        LARS(params, lr=0.1, backend="native"),
+    ):
+        optimizer.step()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            optimizer.step()
+        alive = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                alive += event.nbytes()
+                peak = max(peak, alive)
+        assert 0 < peak < 4096, "more than the ratios"
+
+
+# ---- when it serves, and when not ----
+
+
+def test_auto_takes_it_for_what_it_can_move() -> None:
+    for dtype in (torch.float32, *HALVES):
+        assert LAMB(layers(dtype)).backend == LARS(layers(dtype), lr=1.0).backend == "native"
+    assert LAMB(layers(torch.float64)).backend == "foreach"
+    assert LAMB([*layers(torch.float32), *layers(torch.float64)]).backend == "foreach"
+    assert LAMB([torch.ones(2, device="meta", requires_grad=True)]).backend == "foreach"
+    optimizer = LAMB(layers(torch.float32))
+    optimizer.add_param_group({"params": layers(torch.float64)})
+    assert optimizer.backend == "foreach"
+
+
+def test_what_it_cannot_move_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"backend='native' cannot serve here: .* and one is torch.float64"):
+        LAMB(layers(torch.float64), backend="native")
+    with pytest.raises(ValueError, match=r"dense parameters on the CPU, and one is torch.strided on meta"):
+        LAMB([torch.ones(2, device="meta", requires_grad=True)], backend="native")
+
+
+def test_parameters_that_change_dtype_after_the_optimizer_was_made() -> None:
+    x = torch.ones(4, requires_grad=True)
+    optimizer = LAMB([x], lr=0.1)
+    x.data = x.data.double()
+    x.grad = torch.ones(4, dtype=torch.float64)
+    optimizer.step()
+    assert optimizer.backend == "foreach"
+    y = torch.ones(4, requires_grad=True)
+    y.grad = torch.ones(4)
+    optimizer = LAMB([y], lr=0.1)
+    optimizer.step()
+    y.data = y.data.double()
+    with pytest.raises(ValueError, match=r"backend='native' cannot go on: .* torch.float64"):
+        optimizer.step()
+
+
+def test_the_step_compiles_by_torch_operations() -> None:
+    x = torch.ones(4, requires_grad=True)
+    optimizer = LAMB([x])
+    assert optimizer.backend == "native"
+    assert optimizer._traceable_backend.name == "foreach"
+
+
+def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def missing(name: str) -> backends.Backend:
+        if name == "native":
+            raise ValueError("backend='native' is not available here: not compiled")
+        return load(name)
+
+    load = backends.load
+    backends._native.cache_clear()
+    monkeypatch.setattr(backends, "load", missing)
+    with caplog.at_level(logging.WARNING):
+        assert [LAMB(layers(torch.float32)).backend for _ in range(3)] == ["foreach"] * 3
+    backends._native.cache_clear()
+    (record,) = caplog.records
+    said = "CPU optimizers run on torch operations, several times slower: "
+    assert record.getMessage() == said + "backend='native' is not available here: not compiled"
+    with pytest.raises(ValueError, match="not compiled"):
+        LAMB(layers(torch.float32), backend="native")
+
+
+def test_the_instruction_set_can_be_limited_from_outside() -> None:
+    code = "from largebatch.optim import native; from largebatch.optim.native import library as l\n"
+    code += "print(l.choose(native.BACKEND.library, None), end=' ')"
+    for value, error in (("baseline", ""), ("sse9", "LARGEBATCH_NATIVE_ISA='sse9': expected 'baseline', 'avx2' or")):
+        environment = {**os.environ, library.ISA_VARIABLE: value}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert error in result.stderr
+        assert (result.returncode == 0) is (not error)
