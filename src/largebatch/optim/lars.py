@@ -63,6 +63,7 @@ class LARS(LayerwiseOptimizer):
         ValueError: a setting out of range, complex parameters, sparse gradients, or a backend that cannot serve.
 
     Example:
+        >>> import torch
         >>> from largebatch import LARS, param_groups
         >>> model = torch.nn.Conv2d(3, 8, 3)
         >>> optimizer = LARS(param_groups(model, weight_decay=1e-4), lr=4.0, form="2017", trust_coefficient=0.001)
