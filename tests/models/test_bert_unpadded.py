@@ -246,7 +246,7 @@ def test_attention_is_the_textbooks(unpad: bool) -> None:
     layout = TokenLayout(torch.arange(5) < torch.tensor(lengths)[:, None], unpad=unpad)
     padded = torch.randn(3, 4, 5, width, dtype=torch.float64)
     query, key, value = (layout.pack(part) for part in padded)
-    got = layout.pad(attention(query, key, value, heads, layout, 0.0))
+    got = layout.pad(attention(query, key, value, heads, layout))
     for row, length in enumerate(lengths):
         q, k, v = (part[row, :length].view(length, heads, -1).transpose(0, 1) for part in padded)
         weights = (q @ k.transpose(1, 2) / (width / heads) ** 0.5).softmax(-1)

@@ -5,7 +5,7 @@ from .instances import PretrainingInstances
 from .integrity import render_report
 from .manifest import Manifest
 from .prepare import prepare
-from .sampling import SampleStream, epoch_order
+from .sampling import SampleStream, dropout_keys, epoch_order
 from .unigrams import unigram_entropy
 from .vocabulary import Vocabulary
 
@@ -16,6 +16,7 @@ __all__ = [
     "PretrainingInstances",
     "SampleStream",
     "Vocabulary",
+    "dropout_keys",
     "epoch_order",
     "prepare",
     "render_report",

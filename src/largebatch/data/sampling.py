@@ -11,6 +11,7 @@ from largebatch.errors import UserError
 from .counter_rng import below, draw, fold_key
 
 _STREAM_ORDER = 0x0DE5
+_STREAM_DROPOUT = 0xD509
 # A Feistel network of few values does not reach all permutations alike; sorting random keys does, and is cheap here.
 _MAX_SORTED = 1 << 12
 _ROUNDS = 8
@@ -55,6 +56,11 @@ def epoch_order(seed: int, epoch: int, num: int, start: int = 0, stop: int | Non
         result[pending[inside]] = values[inside]
         pending, values = pending[~inside], values[~inside]
     return result
+
+
+def dropout_keys(seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A key for the dropout masks of each visit to an instance: a function of the seed, the epoch and its index."""
+    return draw(fold_key(_STREAM_DROPOUT, seed, epoch), indices).view(np.int64)
 
 
 class SampleStream:

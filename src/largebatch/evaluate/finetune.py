@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from largebatch.data.sampling import SampleStream
+from largebatch.data.sampling import SampleStream, dropout_keys
 from largebatch.errors import UserError
 from largebatch.evaluate.squad_features import SquadFeatures
 from largebatch.train import Batches, GlobalBatch, distributed
@@ -66,6 +67,7 @@ def squad_batches(
     micro_batch_size: int | None = None,
     seed: int = 0,
     flops: Callable[[np.ndarray], float] | None = None,
+    keyed_dropout: bool = False,
 ) -> Batches:
     """The engine's batches: global batches of windows, shuffled anew in each epoch.
 
@@ -84,6 +86,7 @@ def squad_batches(
         seed: of the shuffles.
         flops: window lengths of this rank's part -> FLOPs of their forward and backward pass, e.g.
             ``lambda lengths: training_flops(config, lengths, 0)``; None reports 0.
+        keyed_dropout: make the dropout masks functions of epoch and window, whatever the ranks and micro-batches.
 
     Returns:
         ``batches(stage_index, cursor)``, which yields ``GlobalBatch`` without end; its micro-batches are what
@@ -110,12 +113,18 @@ def squad_batches(
         while True:
             pieces, position = stream.take(position, size)
             chosen = windows[np.concatenate([indices for _, indices in pieces])]
+            keys = np.concatenate([dropout_keys(seed, epoch, indices) for epoch, indices in pieces])
             lengths = features.offsets[chosen + 1] - features.offsets[chosen]
-            mine = chosen[np.argsort(lengths, kind="stable")][rank::world_size]
-            lengths = features.offsets[mine + 1] - features.offsets[mine]
+            share = np.argsort(lengths, kind="stable")[rank::world_size]
+            mine, keys, lengths = chosen[share], keys[share], lengths[share]
             step = micro_batch_size or len(mine)
+            micro_batches = []
+            for part in (slice(begin, begin + step) for begin in range(0, len(mine), step)):
+                micro_batches.append(features.batch(mine[part]))
+                if keyed_dropout:
+                    micro_batches[-1]["dropout_keys"] = torch.from_numpy(keys[part])
             yield GlobalBatch(
-                micro_batches=[features.batch(mine[begin : begin + step]) for begin in range(0, len(mine), step)],
+                micro_batches=micro_batches,
                 totals={"sequences": len(mine)},
                 num_sequences=len(mine),
                 num_tokens=int(lengths.sum()),

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from largebatch.data import SampleStream
+from largebatch.data import SampleStream, dropout_keys
 from largebatch.data.vision import load_idx_dataset
 from largebatch.errors import UserError
 from largebatch.evaluate.classification import evaluate_classification
@@ -50,10 +51,14 @@ class ClassificationWorkload:
         while True:
             pieces, position = stream.take(position, self.config.stages[stage].batch_size)
             rows = torch.cat([torch.from_numpy(indices) for _, indices in pieces])[share]
+            samples = {"images": self._train.images[rows], "labels": self._train.labels[rows]}
+            if self.config.dropout_masks == "keyed":
+                keys = [dropout_keys(self.config.seed, epoch, indices) for epoch, indices in pieces]
+                samples["dropout_keys"] = torch.from_numpy(np.concatenate(keys))[share]
             yield GlobalBatch(
                 micro_batches=[
-                    {"images": self._train.images[part], "labels": self._train.labels[part]}
-                    for part in cut(rows, self.micro_batch_sizes[stage])
+                    {name: values[part] for name, values in samples.items()}
+                    for part in cut(torch.arange(len(rows)), self.micro_batch_sizes[stage])
                 ],
                 totals={"sequences": len(rows)},
                 num_sequences=len(rows),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from largebatch.data import Corpus, PretrainingInstances, SampleStream, unigram_entropy
+from largebatch.data import Corpus, PretrainingInstances, SampleStream, dropout_keys, unigram_entropy
 from largebatch.errors import UserError
 from largebatch.evaluate.pretraining import evaluate_pretraining
 from largebatch.experiments.config import PretrainingConfig
@@ -93,6 +93,8 @@ class PretrainingWorkload:
             arrays = self._read(self._train[stage], part)
             num_tokens += int(arrays["lengths"].sum())
             flops += training_flops(self.bert, arrays["lengths"], len(arrays["masked_labels"]))
+            if self.config.dropout_masks == "keyed":
+                arrays["dropout_keys"] = self._dropout_keys(stage, part)
             micro_batches.append(as_micro_batch(arrays))
         return GlobalBatch(
             micro_batches=micro_batches,
@@ -105,6 +107,11 @@ class PretrainingWorkload:
             flops=flops,
             cursor=cursor,
         )
+
+    def _dropout_keys(self, stage: int, samples: np.ndarray) -> np.ndarray:
+        epochs, rows = samples.T
+        seed = self.config.seed + stage
+        return np.concatenate([dropout_keys(seed, int(epoch), rows[epochs == epoch]) for epoch in np.unique(epochs)])
 
     @staticmethod
     def _read(instances: PretrainingInstances, samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -129,6 +136,7 @@ class PretrainingWorkload:
             "masked_positions": masked,
             "masked_labels": torch.zeros_like(masked),
             "next_sentence_labels": torch.zeros(size, dtype=torch.int64),
+            **({"dropout_keys": torch.arange(size)} if self.config.dropout_masks == "keyed" else {}),
         }
 
     def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:

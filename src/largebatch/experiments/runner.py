@@ -86,7 +86,11 @@ def run(
 def _run(
     config: RunConfig, out: Path, started: bool, device: torch.device, settings: str, on_step: OnStep, on_event: OnEvent
 ) -> dict[str, Any]:
-    config = dataclasses.replace(config, precision=_precision(config.precision, device))
+    config = dataclasses.replace(
+        config,
+        precision=_precision(config.precision, device),
+        dropout_masks=_dropout_masks(config.dropout_masks, device),
+    )
     workload = build_workload(config)
     config = workload.config
     torch.manual_seed(config.seed)
@@ -353,6 +357,14 @@ def _precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         return "bf16" if hardware.bf16_is_fast(device) else "fp32"
     return precision
+
+
+def _dropout_masks(masks: str, device: torch.device) -> str:
+    if masks not in ("auto", "keyed", "torch"):
+        raise UserError(f"dropout_masks is {masks!r}; it must be auto, keyed or torch")
+    if masks == "auto":  # on CUDA keyed masks keep attention from its fused kernels
+        return "keyed" if device.type == "cpu" else "torch"
+    return masks
 
 
 def _stage_index(stages: list[Stage], stage: Stage) -> int:

@@ -101,6 +101,7 @@ class SquadWorkload:
             micro_batch_size=self.micro_batch_sizes[stage],
             seed=self.config.seed,
             flops=lambda lengths: training_flops(self.bert, lengths, 0),
+            keyed_dropout=self.config.dropout_masks == "keyed",
         )
         return batches(stage, cursor)
 
@@ -117,6 +118,7 @@ class SquadWorkload:
             "attention_mask": torch.ones(shape, dtype=torch.bool),
             "start_positions": torch.ones(size, dtype=torch.int64),
             "end_positions": torch.ones(size, dtype=torch.int64),
+            **({"dropout_keys": torch.arange(size)} if self.config.dropout_masks == "keyed" else {}),
         }
 
     def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import BertConfig
+from .dropout import Dropout, number_sites
 from .layout import TokenLayout, attention
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,12 +35,12 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor) -> Tensor:
-        """[T], [T], [T] -> [T, H]."""
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, layout: TokenLayout) -> Tensor:
+        """[T], [T] -> [T, H]."""
         embedded = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(embedded + self.position_embeddings(positions)))
+        return self.dropout(self.LayerNorm(embedded + self.position_embeddings(layout.positions)), layout.row_keys)
 
 
 class BertSelfAttention(nn.Module):
@@ -48,14 +49,14 @@ class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.dropout_prob = config.attention_probs_dropout_prob
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
         """[T, H] -> [T, H]."""
-        dropout = self.dropout_prob if self.training else 0.0
+        dropout = self.dropout if self.training and self.dropout.p > 0 else None
         return attention(self.query(rows), self.key(rows), self.value(rows), self.num_heads, layout, dropout)
 
 
@@ -66,11 +67,11 @@ class BertOutput(nn.Module):
         super().__init__()
         self.dense = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, rows: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, residual: Tensor, layout: TokenLayout) -> Tensor:
         """[T, width], [T, H] -> [T, H]."""
-        return self.LayerNorm(self.dropout(self.dense(rows)) + residual)
+        return self.LayerNorm(self.dropout(self.dense(rows), layout.row_keys) + residual)
 
 
 class BertAttention(nn.Module):
@@ -83,7 +84,7 @@ class BertAttention(nn.Module):
 
     def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.output(self.self(rows, layout), rows)
+        return self.output(self.self(rows, layout), rows, layout)
 
 
 class BertIntermediate(nn.Module):
@@ -111,7 +112,7 @@ class BertLayer(nn.Module):
     def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
         """[T, H] -> [T, H]."""
         rows = self.attention(rows, layout)
-        return self.output(self.intermediate(rows), rows)
+        return self.output(self.intermediate(rows), rows, layout)
 
 
 class BertEncoder(nn.Module):
@@ -180,9 +181,14 @@ class BertModel(nn.Module):
         self.encoder = BertEncoder(config, checkpoint_layers)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         initialize_weights(self, config.initializer_range)
+        number_sites(self)
 
     def encode(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, TokenLayout]:
         """Return the hidden states as packed rows [T, H], and the layout that says which row is which token."""
         if input_ids.shape[1] > self.config.max_position_embeddings:
@@ -194,8 +200,8 @@ class BertModel(nn.Module):
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        layout = TokenLayout(attention_mask, unpad=self.unpad)
-        rows = self.embeddings(layout.pack(input_ids), layout.pack(token_type_ids), layout.positions)
+        layout = TokenLayout(attention_mask, unpad=self.unpad, dropout_keys=dropout_keys)
+        rows = self.embeddings(layout.pack(input_ids), layout.pack(token_type_ids), layout)
         return self.encoder(rows, layout), layout
 
     def pool(self, rows: Tensor, layout: TokenLayout) -> Tensor:
@@ -204,7 +210,11 @@ class BertModel(nn.Module):
         return first_rows if self.pooler is None else self.pooler(first_rows)
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode padded sequences.
 
@@ -212,6 +222,8 @@ class BertModel(nn.Module):
             input_ids: [B, L] int64.
             token_type_ids: [B, L] int64, the segment of each token; None is all zeros.
             attention_mask: [B, L] bool, true where a token is real; padding comes last. None means all are real.
+            dropout_keys: [B] int64, of which the dropout masks of each sequence are functions; None takes them from
+                torch's generator.
 
         Returns:
             Hidden states [B, L, H], zero at padding when ``unpad``, and pooled [CLS] states [B, H].
@@ -219,7 +231,7 @@ class BertModel(nn.Module):
         Raises:
             ValueError: if sequences are longer than the position embeddings, or begin with padding.
         """
-        rows, layout = self.encode(input_ids, token_type_ids, attention_mask)
+        rows, layout = self.encode(input_ids, token_type_ids, attention_mask, dropout_keys)
         return layout.pad(rows), self.pool(rows, layout)
 
 

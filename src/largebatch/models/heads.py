@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .bert import ACTIVATION_FUNCTIONS, BertModel, initialize_weights, select_rows
 from .config import BertConfig
+from .dropout import Dropout, number_sites
 
 # Finite, so that sums of two of them and half precision stay finite; exp() of it is 0. The value is original BERT's.
 PADDING_LOGIT = -10000.0
@@ -74,18 +75,23 @@ class BertForPreTraining(nn.Module):
         self.cls.predictions.bias = self.cls.predictions.decoder.bias
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None, masked_positions: Tensor
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        masked_positions: Tensor,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the logits of the masked tokens and of the next-sentence prediction.
 
         Args:
-            input_ids, token_type_ids, attention_mask: as for :class:`BertModel`.
+            input_ids, token_type_ids, attention_mask, dropout_keys: as for :class:`BertModel`.
             masked_positions: [N] int64, flat into B * L; may be empty.
 
         Returns:
             Logits [N, V] in the order of ``masked_positions``, and [B, 2] (class 1: the second segment is random).
         """
-        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask)
+        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask, dropout_keys)
         masked_rows = select_rows(rows, layout.rows_at(masked_positions))
         return self.cls.predictions(masked_rows), self.cls.seq_relationship(self.bert.pool(rows, layout))
 
@@ -107,10 +113,14 @@ class BertForQuestionAnswering(nn.Module):
         initialize_weights(self.qa_outputs, config.initializer_range)
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return start and end logits [B, L]; padding gets a logit of -10,000, hence no probability."""
-        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask)
+        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask, dropout_keys)
         logits = layout.pad(self.qa_outputs(rows)).masked_fill(~layout.mask[..., None], PADDING_LOGIT)
         start_logits, end_logits = logits.unbind(-1)
         return start_logits, end_logits
@@ -129,13 +139,19 @@ class BertForSequenceClassification(nn.Module):
         self.config = config
         self.bert = BertModel(config, unpad=unpad, checkpoint_layers=checkpoint_layers)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         initialize_weights(self.classifier, config.initializer_range)
+        number_sites(self)
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Return class logits [B, num_labels]."""
-        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask)
-        return self.classifier(self.dropout(self.bert.pool(rows, layout)))
+        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask, dropout_keys)
+        keys = None if layout.row_keys is None else layout.row_keys[layout.first_rows]
+        return self.classifier(self.dropout(self.bert.pool(rows, layout), keys))

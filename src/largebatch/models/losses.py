@@ -5,6 +5,7 @@ however it was cut up. A micro-batch may have none of the things that are counte
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 MicroBatch = Mapping[str, Tensor]
 Totals = Mapping[str, Tensor]
+_SEQUENCES = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def pretraining_loss(model: nn.Module, micro_batch: MicroBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
@@ -22,18 +24,14 @@ def pretraining_loss(model: nn.Module, micro_batch: MicroBatch, totals: Totals) 
 
     Args:
         model: called with ``input_ids, token_type_ids, attention_mask`` [B, L] and ``masked_positions`` [N].
-        micro_batch: those four, ``masked_labels`` [N] and ``next_sentence_labels`` [B] (1: random next).
+        micro_batch: those four, ``masked_labels`` [N] and ``next_sentence_labels`` [B] (1: random next); and
+            ``dropout_keys`` [B] to have the masks a function of.
         totals: "masked" and "sequences" of the global batch, over all ranks.
 
     Returns:
         The loss contribution, and the contributions to mlm_loss, mlm_accuracy, nsp_loss and nsp_accuracy (detached).
     """
-    mlm_logits, nsp_logits = model(
-        micro_batch["input_ids"],
-        micro_batch["token_type_ids"],
-        micro_batch["attention_mask"],
-        micro_batch["masked_positions"],
-    )
+    mlm_logits, nsp_logits = _forward(model, micro_batch, *_SEQUENCES, "masked_positions")
     mlm_loss, mlm_accuracy = _contribution(mlm_logits, micro_batch["masked_labels"], totals["masked"])
     nsp_loss, nsp_accuracy = _contribution(nsp_logits, micro_batch["next_sentence_labels"], totals["sequences"])
     metrics = {
@@ -55,13 +53,14 @@ def question_answering_loss(
 
     Args:
         model: called with ``input_ids, token_type_ids, attention_mask`` [B, L]; returns two [B, L] of logits.
-        micro_batch: those three, ``start_positions`` [B] and ``end_positions`` [B].
+        micro_batch: those three, ``start_positions`` [B] and ``end_positions`` [B]; and ``dropout_keys`` [B] to have
+            the masks a function of.
         totals: "sequences" of the global batch, over all ranks.
 
     Returns:
         The loss contribution, and the contributions to start_accuracy and end_accuracy (detached).
     """
-    logits = model(micro_batch["input_ids"], micro_batch["token_type_ids"], micro_batch["attention_mask"])
+    logits = _forward(model, micro_batch, *_SEQUENCES)
     parts = {}
     for name, side in zip(("start", "end"), logits, strict=True):
         positions = micro_batch[f"{name}_positions"]
@@ -77,16 +76,20 @@ def classification_loss(model: nn.Module, micro_batch: MicroBatch, totals: Total
     Args:
         model: called with ``images`` where the micro-batch has them, else with ``input_ids``, ``token_type_ids`` and
             ``attention_mask``; returns class logits [B, C].
-        micro_batch: those, and ``labels`` [B].
+        micro_batch: those, and ``labels`` [B]; and ``dropout_keys`` [B] to have the masks a function of.
         totals: "sequences" of the global batch, over all ranks.
 
     Returns:
         The loss contribution, and the contribution to accuracy (detached).
     """
-    names = ("images",) if "images" in micro_batch else ("input_ids", "token_type_ids", "attention_mask")
-    logits = model(*(micro_batch[name] for name in names))
+    logits = _forward(model, micro_batch, *(("images",) if "images" in micro_batch else _SEQUENCES))
     loss, accuracy = _contribution(logits, micro_batch["labels"], totals["sequences"])
     return loss, {"accuracy": accuracy}
+
+
+def _forward(model: nn.Module, micro_batch: MicroBatch, *names: str) -> Any:
+    keys = {name: micro_batch[name] for name in ("dropout_keys",) if name in micro_batch}
+    return model(*(micro_batch[name] for name in names), **keys)
 
 
 def _contribution(logits: Tensor, labels: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
