@@ -135,7 +135,11 @@ def test_the_noise_of_rounding_goes_on_beyond_32_bits(origin: precision.Origin) 
 
 
 @pytest.mark.parametrize("border", [2**31, 2**32])
-def test_an_origin_beyond_32_bits(border: int) -> None:
+@pytest.mark.parametrize("origin", [precision.Origin(start=2**31), precision.Origin(7, run=10, skip=30)], ids=str)
+def test_a_shard_rounds_as_the_whole_layer_does_beyond_32_bits(origin: precision.Origin, border: int) -> None:
     seed, values = precision.seed_of(3.0, 0, 0), torch.rand(64)
-    by_origin = precision.round_stochastically(values, seed, 0, precision.Origin(start=border + 3))
-    assert torch.equal(by_origin, precision.round_stochastically(values, seed, border + 3))
+    together = precision.round_stochastically(values, seed, border - 32, origin)
+    for i, value in enumerate(values):
+        local = border - 32 + i
+        in_the_layer = origin.start + local + local // origin.run * origin.skip
+        assert together[i] == precision.round_stochastically(value.view(1), seed, in_the_layer)
