@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adafactor, Optimizer
 from torch.optim.asgd import ASGD
 from torch.optim.rprop import Rprop
 
@@ -14,8 +14,8 @@ from .base import rate_of
 from .checks import check, check_phi
 from .precision import compute_dtype, store_weights
 
-# Their state depends on the learning rate, or they step more than once.
-NOT_LINEAR = (LBFGS, ASGD, Rprop)
+# Their state depends on the learning rate, or they step more than once, or bound the rate by one of their own.
+NOT_LINEAR = (LBFGS, ASGD, Rprop, Adafactor)
 
 
 class Moved(NamedTuple):
@@ -44,7 +44,7 @@ class Layerwise(Optimizer):
     inf or NaN did to the state is up to the base optimizer, and most of torch's keep it for ever.
 
     The base optimizer must be linear in its learning rate: its state may not depend on it, nor its update other than
-    by a factor. Of torch's own, LBFGS, ASGD and Rprop are not.
+    by a factor. Of torch's own, LBFGS, ASGD, Rprop and Adafactor are not.
 
     Args:
         base: the optimizer to wrap. Its groups, state, hooks and state dict are this optimizer's; give it
@@ -69,7 +69,7 @@ class Layerwise(Optimizer):
     """
 
     def __init__(self, base: Optimizer, *, phi: norms.Phi = None, norm: str = "l2", adapt: bool = True) -> None:
-        check("base", base, isinstance(base, Optimizer), "a torch.optim.Optimizer")
+        check("base", type(base).__name__, isinstance(base, Optimizer), "a torch.optim.Optimizer")
         check("base", type(base).__name__, not isinstance(base, NOT_LINEAR), "an optimizer linear in its learning rate")
         check("norm", norm, norm in norms.ORDERS, f"one of {', '.join(map(repr, norms.ORDERS))}")
         check_phi(phi)
