@@ -61,11 +61,13 @@ def on_ranks(num: int, body: Callable[[int], Any], out: Path, timeout_s: float) 
 def _run(rank: int, num: int, body: Callable[[int], Any], out: Path) -> None:
     try:
         torch.set_num_threads(1)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num), "LOCAL_RANK": str(rank)}
         timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
         dist.init_process_group("gloo", f"file://{out}/store", timeout, world_size=num, rank=rank)
         torch.save(body(rank), out / f"{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -1,5 +1,7 @@
 """Checkpoints: whole or not at all, and another model's are refused in one line."""
 
+import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from torch import nn
 
 from largebatch import LAMB
 from largebatch.errors import UserError
-from largebatch.train import Progress, checkpoint
+from largebatch.train import Progress, checkpoint, distributed
 
 
 def trained(width: int = 4) -> tuple[nn.Module, LAMB]:
@@ -47,7 +49,7 @@ def test_a_save_that_fails_leaves_the_old_one_and_no_half(tmp_path: Path, monkey
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(distributed, "write_tensors", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, model, optimizer, Progress(step=2))
     assert checkpoint.latest(tmp_path).name == "step-00000001"
@@ -67,13 +69,49 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path):
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path):
     model, optimizer = trained()
     saved = checkpoint.save(tmp_path, model, optimizer, Progress(step=1))
-    content = (saved / "model.pt").read_bytes()
-    (saved / "model.pt").write_bytes(content[:-10])
-    with pytest.raises(UserError, match=r"model.pt is damaged: \d+ bytes of \d+"):
+    for name in ("__0_0.distcp", ".metadata"):
+        content = (saved / name).read_bytes()
+        (saved / name).write_bytes(content[:-10])
+        with pytest.raises(UserError, match=rf"{name} is damaged: \d+ bytes of \d+"):
+            checkpoint.load(saved, model, optimizer)
+        (saved / name).write_bytes(bytes(len(content)))
+        before = model.weight.clone()
+        with pytest.raises(UserError, match=r"step-00000001 cannot be read \("):
+            checkpoint.load(saved, model, optimizer)
+        assert torch.equal(model.weight, before)
+        (saved / name).write_bytes(content)
+    checkpoint.load(saved, model, optimizer)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
+def test_a_checkpoint_of_a_stranger_runs_no_code(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, optimizer = trained()
+    saved = checkpoint.save(tmp_path, model, optimizer, Progress(step=1))
+    evil = pickle.dumps(Evil())
+    (saved / ".metadata").write_bytes(evil)
+    manifest = json.loads((saved / "checkpoint.json").read_text())
+    manifest["files"][".metadata"] = len(evil)
+    (saved / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"pathlib.Path.touch, which is no part|builtins.getattr, which is no part"):
         checkpoint.load(saved, model, optimizer)
-    (saved / "model.pt").write_bytes(bytes(len(content)))
-    with pytest.raises(UserError, match=r"model.pt cannot be read"):
-        checkpoint.load(saved, model, optimizer)
+    assert not Path("touched").exists()
+    pickle.loads(evil)  # the companion
+    assert Path("touched").exists()
+
+
+def test_tied_weights_are_written_once_and_come_back_by_every_name(tmp_path: Path):
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7, bias=False))
+    model[1].weight = model[0].weight
+    saved = checkpoint.save(tmp_path, model, LAMB(model.parameters()), Progress(step=1))
+    weights = checkpoint.load_weights(saved)
+    assert weights.keys() == model.state_dict().keys()
+    assert torch.equal(weights["1.weight"], model[0].weight)
+    assert list(distributed.stored_tensors(saved)) == ["model.0.weight"]
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"version": 1}', '{"version": 99, "files": {}}'])

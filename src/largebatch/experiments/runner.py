@@ -146,10 +146,9 @@ def _train(
     evaluation: dict[str, Any] = {}
 
     def save() -> None:
-        if directory.write:
-            checkpoint.save(
-                directory.checkpoints, engine.model, engine.optimizer, engine.progress, keep=config.keep_checkpoints
-            )
+        checkpoint.save(
+            directory.checkpoints, engine.model, engine.optimizer, engine.progress, keep=config.keep_checkpoints
+        )
 
     with _stop_signals() as engine.stop:
         for result in engine.run():

@@ -1,20 +1,20 @@
-"""Checkpoints: written whole or not at all, and refused when they are another model's."""
+"""Checkpoints: written whole or not at all, refused when they are another model's, and read on any ranks and shards."""
 
 import json
-import os
-import pickle
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from largebatch.errors import UserError
+from largebatch.train import distributed
 from largebatch.train.engine import Progress
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save(
@@ -22,27 +22,33 @@ def save(
 ) -> Path:
     """Write weights, optimizer state and progress to `folder/step-NNNNNNNN`, and drop all but the newest `keep`.
 
-    The checkpoint is written beside its place and renamed into it, so a run killed at any moment leaves either the
-    whole checkpoint or none.
+    All ranks of the run call it, and each writes what it holds. The checkpoint is written beside its place and renamed
+    into it, so a run killed at any moment leaves either the whole checkpoint or none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{progress.step:08d}"
     partial = folder / f".partial-{target.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    torch.save(model.state_dict(), partial / "model.pt")
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    manifest = {"version": FORMAT_VERSION, "progress": asdict(progress), "files": sizes}
-    (partial / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
-    for path in partial.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    if keep is not None:
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+    if distributed.is_chief():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    distributed.barrier()
+    tensors = {f"model.{name}": x for name, x in _tensors_of(model)}
+    for name, _, state in _states(model, optimizer):
+        tensors |= {f"optimizer.{name}.{key}": x for key, x in state.items() if isinstance(x, Tensor)}
+    distributed.write_tensors(tensors, partial)
+    if distributed.is_chief():
+        manifest = {
+            "version": FORMAT_VERSION,
+            "progress": asdict(progress),
+            "tied": _tied(model),
+            "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+        }
+        (partial / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        if keep is not None:
+            for old in checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+    distributed.barrier()
     return target
 
 
@@ -58,26 +64,82 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Progress:
-    """Fill `model` and `optimizer` from `checkpoint` and return its progress.
+    """Fill `model` and `optimizer` from `checkpoint` and return its progress; all ranks of the run call it.
 
     Raises:
         UserError: the checkpoint is damaged, or does not fit the model or the optimizer; neither is changed then.
     """
     manifest = _manifest(checkpoint)
-    weights = _load_file(checkpoint / "model.pt")
-    _check_fits(checkpoint, weights, model)
-    state = _load_file(checkpoint / "optimizer.pt") if optimizer is not None else None
-    if optimizer is not None and state is not None:
-        _check_groups(checkpoint, state, optimizer)
-        optimizer.load_state_dict(state)
-    model.load_state_dict(weights)
+    stored = _stored(checkpoint)
+    weights = dict(_tensors_of(model))
+    _check_fits(
+        checkpoint, {name.removeprefix("model."): x for name, x in stored.items() if name[:6] == "model."}, weights
+    )
+    read = {f"model.{name}": torch.empty_like(x) for name, x in weights.items()}
+    keys: dict[str, list[str]] = {}
+    if optimizer is not None:
+        for name, parameter, _ in _states(model, optimizer):
+            prefix = f"optimizer.{name}."
+            keys[name] = [full.removeprefix(prefix) for full in stored if full.startswith(prefix)]
+            for key in keys[name]:
+                kept = stored[prefix + key]
+                like_parameter = kept.shape == parameter.shape
+                made = (
+                    torch.empty_like(parameter, dtype=kept.dtype)
+                    if like_parameter
+                    else torch.empty_like(kept, device="cpu")
+                )
+                read[prefix + key] = made
+    _read(checkpoint, read)
+    if optimizer is not None:
+        state_dict = optimizer.state_dict()
+        numbers = {id(x): n for n, x in enumerate(_params(optimizer))}
+        state_dict["state"] = {
+            numbers[id(parameter)]: {key: read[f"optimizer.{name}.{key}"] for key in keys[name]}
+            for name, parameter, _ in _states(model, optimizer)
+            if keys[name]
+        }
+        optimizer.load_state_dict(state_dict)
+    with torch.no_grad():
+        for name, x in weights.items():
+            x.copy_(read[f"model.{name}"])
     return Progress(**manifest["progress"])
 
 
-def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's weights alone, by name."""
-    _manifest(checkpoint)
-    return _load_file(checkpoint / "model.pt")
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's weights alone, whole, by every name they have in its state dict."""
+    manifest = _manifest(checkpoint)
+    stored = {name: x for name, x in _stored(checkpoint).items() if name.startswith("model.")}
+    read = {name: torch.empty_like(x, device="cpu") for name, x in stored.items()}
+    _read(checkpoint, read, alone=True)
+    weights = {name.removeprefix("model."): x for name, x in read.items()}
+    return weights | {name: weights[first] for name, first in manifest["tied"].items()}
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the model's state dict, each under the first of its names only."""
+    kept = model.state_dict(keep_vars=True)
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if name in kept:
+            yield name, x.detach()
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """The further names of tied parameters, with the first."""
+    first = {id(x): name for name, x in model.named_parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(x)] for name, x in named if first[id(x)] != name}
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+    """Name, parameter and state of all that the optimizer moves."""
+    names = {id(x): name for name, x in model.named_parameters()}
+    for x in _params(optimizer):
+        yield names[id(x)], x, optimizer.state.get(x, {})
+
+
+def _params(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [x for group in optimizer.param_groups for x in group["params"]]
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
@@ -103,18 +165,25 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest  # type: ignore[no-any-return]
 
 
-def _load_file(path: Path) -> dict[str, Any]:
+def _stored(checkpoint: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read ({reason}); delete {path.parent} to resume from the checkpoint before"
-        ) from None
+        return distributed.stored_tensors(checkpoint)
+    except Exception as error:  # a damaged pickle raises what it likes
+        raise _unreadable(checkpoint, error) from None
 
 
-def _check_fits(checkpoint: Path, weights: dict[str, torch.Tensor], model: nn.Module) -> None:
-    expected = model.state_dict()
+def _read(checkpoint: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+    try:
+        distributed.read_tensors(tensors, checkpoint, alone=alone)
+    except OSError as error:
+        raise _unreadable(checkpoint, error) from None
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> UserError:
+    return UserError(f"{checkpoint} cannot be read ({error}); delete it to resume from the checkpoint before")
+
+
+def _check_fits(checkpoint: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             lacking = "the checkpoint" if name not in weights else "the model"
@@ -126,13 +195,3 @@ def _check_fits(checkpoint: Path, weights: dict[str, torch.Tensor], model: nn.Mo
                 f"{checkpoint} is of another model: {name} is {list(weights[name].shape)} there and "
                 f"{list(expected[name].shape)} here; use the configuration it was written with"
             )
-
-
-def _check_groups(checkpoint: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    there = [len(group["params"]) for group in state["param_groups"]]
-    here = [len(group["params"]) for group in optimizer.param_groups]
-    if there != here:
-        raise UserError(
-            f"{checkpoint} was written with another grouping of parameters ({there} here {here}); "
-            "use the optimizer settings it was written with"
-        )
