@@ -121,7 +121,13 @@ def hypers(optimizer: "LayerwiseOptimizer", members: Members, backend: Backend) 
         return [optimizer._hyper(group, None)] * len(members.params) if members.params else []
     if group["capturable"] or torch.compiler.is_compiling():
         torch._foreach_add_(steps, 1)
-        return [optimizer._hyper(group, step.to(norms.total_dtype(step.device))) for step in steps]
+        together = torch.stack(steps).to(norms.total_dtype(steps[0].device))  # one kernel for each number, not n
+        hyper = optimizer._hyper(group, together)
+        columns = [
+            number.expand_as(together).unbind() if isinstance(number, Tensor) else [number] * len(steps)
+            for number in hyper
+        ]
+        return [type(hyper)(*row) for row in zip(*columns, strict=True)]
     times = backend.count(steps)
     distinct = {t: optimizer._hyper(group, t) for t in set(times)}
     return [distinct[t] for t in times]

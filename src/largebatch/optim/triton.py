@@ -1,0 +1,249 @@
+"""The CUDA backend: a step of all layers of the same dtypes is three launches, and no norm is a pass of its own.
+
+The first advances the state, forms u, and leaves each chunk's share of the two norms. The second joins the shares in a
+fixed order, so that runs repeat to the bit, and makes the trust ratios of them. The third forms u again from what the
+first left behind, last chunk first, since that is what is still in cache. In float32 the first reads x, g, m, v and
+writes m, v; the third reads x, m, v and writes x: 40 bytes a parameter. N-LAMB, NN-LAMB and Nesterov momentum read g
+twice.
+
+Nothing waits for the device. The kernels find the tensors by a table on the device, which is sent anew only when one of
+them has moved, and learning rates and step counts that are tensors stay there: a CUDA graph can hold the step.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_kernels as kernels
+from .backends import Backend, Layer, Layers
+from .norms import total_dtype
+from .precision import compute_dtype
+
+CHUNK = 1 << 14  # elements of a program
+BLOCK = 1 << 11  # of which it has this many in registers at a time
+SHARES = 1 << 10  # that are joined at a time
+WARPS = 8
+
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(eq=False)
+class Part:
+    """The layers of a step that have the same dtypes, and what the kernels are told about them."""
+
+    owners: list[int]
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of x, g and the state
+    rounded: torch.dtype | None  # what a master copy is rounded to
+    rows: list[list[int]] = field(default_factory=list)  # as on the device
+    table: Tensor = field(init=False)  # [layers, COLUMNS] int64
+    chunks: Tensor = field(init=False)  # [chunks] int32: the layer of each
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of tensors that kernels cannot walk through
+
+
+class Triton(Backend):
+    """The backend whose kernels are in `triton_kernels`."""
+
+    name = "triton"
+    compiles = False
+
+    def __init__(self) -> None:
+        self._captured: list[Any] = []  # what CUDA graphs read for as long as they are replayed
+
+    def refuses(self, rule: str, params: Sequence[Tensor]) -> str | None:
+        for x in params:
+            if x.dtype not in TYPES:
+                return f"it does not take {x.dtype}"
+            if x.device.type != "cuda" and not interpreted():
+                return f"it needs parameters on a CUDA device, and one is on {x.device}"
+        return None
+
+    def step(self, rule: str, layers: Layers, norm: str) -> Tensor | None:
+        if any(layer.ratio is not None and callable(layer.ratio.phi) for layer in layers):
+            return None
+        _, ratios, parts = self._direct(rule, layers, norm)
+        self._descend(rule, layers, ratios, parts)
+        return ratios
+
+    def direction(self, rule: str, layers: Layers, norm: str) -> tuple[Tensor, Any]:
+        totals, _, parts = self._direct(rule, layers, norm)
+        return totals, parts
+
+    def apply(self, rule: str, layers: Layers, ratio: Tensor, memory: Any) -> None:
+        self._descend(rule, layers, ratio.contiguous(), memory)
+
+    def _direct(self, rule: str, layers: Layers, norm: str) -> tuple[Tensor, Tensor, list[tuple[Part, Tensor]]]:
+        device = layers[0].x.device
+        totals = torch.empty(2, len(layers), dtype=total_dtype(device), device=device)
+        ratios = torch.empty(len(layers), dtype=totals.dtype, device=device)
+        parts = []
+        for part in self._parts(layers):
+            hypers = self._enter(part, layers)
+            shares = torch.empty(2, len(part.chunks), dtype=compute_dtype(layers[part.owners[0]].x), device=device)
+            if len(part.chunks):
+                kernels.direct[(len(part.chunks),)](
+                    part.table, part.chunks, hypers, shares, len(part.chunks), rule=rule, norm=norm, size=CHUNK,
+                    block=BLOCK, num_warps=WARPS, **types(part),
+                )  # fmt: skip
+            kernels.settle[(len(part.owners),)](
+                part.table, hypers, shares, len(part.chunks), totals, ratios, len(layers), norm=norm, size=CHUNK,
+                block=SHARES, dtype=TYPES[totals.dtype],
+            )  # fmt: skip
+            copy_back(part)
+            parts.append((part, hypers))
+        return totals, ratios, parts
+
+    def _descend(self, rule: str, layers: Layers, ratios: Tensor, parts: list[tuple[Part, Tensor]]) -> None:
+        for part, hypers in parts:
+            if len(part.chunks):
+                reads_g = rule == "lars2017" or any(needs_g(layers[owner].hyper) for owner in part.owners)
+                kernels.descend[(len(part.chunks),)](
+                    part.table, part.chunks, hypers, ratios, len(part.chunks), rule=rule, size=CHUNK, block=BLOCK,
+                    rounded_type=TYPES[part.rounded or part.dtypes[0]], rounds=part.rounded is not None,
+                    reads_g=reads_g, num_warps=WARPS, **types(part),
+                )  # fmt: skip
+            copy_back(part)
+        moved = [tensor for layer in layers for tensor in (layer.x, layer.rounded) if tensor is not None]
+        torch.autograd.graph.increment_version(moved)
+
+    # ---- what the kernels are told ----
+
+    def _parts(self, layers: Layers) -> list[Part]:
+        """Sort the layers by dtypes, and find what was made of them at the last step."""
+        owners: dict[Any, list[int]] = {}
+        for owner, layer in enumerate(layers):
+            dtypes = layer.x.dtype, layer.g.dtype, next(iter(layer.state.values())).dtype
+            rounded = None if layer.rounded is None else layer.rounded.dtype
+            owners.setdefault((dtypes, rounded), []).append(owner)
+        known: list[Part] = layers.memo or []
+        if [((part.dtypes, part.rounded), part.owners) for part in known] != list(owners.items()):
+            known = layers.memo = [Part(own, *kind) for kind, own in owners.items()]
+        return known
+
+    def _enter(self, part: Part, layers: Layers) -> Tensor:
+        """Bring the tables of these layers up to date, and return their numbers."""
+        part.copies = []
+        own = [layers[owner] for owner in part.owners]
+        numbered: dict[tuple[int, int], int] = {}
+        rows, num_chunks = [], 0
+        for owner, layer in zip(part.owners, own, strict=True):
+            x, rounded, g, *state = aligned(layer, part.copies)
+            number = numbered.setdefault((id(layer.hyper), id(layer.ratio)), len(numbered))
+            addresses = [a.data_ptr() for a in (x, rounded, g, *state, *state)][:5]
+            rows.append(
+                [*addresses, x.numel(), num_chunks, 8 * layer.position, *layer.origin, number, owner]
+            )  # in the order of COLUMNS
+            num_chunks += -(-x.numel() // CHUNK)
+        device = own[0].x.device
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if rows != part.rows:
+            chunks = [i for i, row in enumerate(rows) for _ in range(-(-row[5] // CHUNK))]
+            part.rows = rows
+            part.table = self._send(torch.tensor(rows, dtype=torch.int64), device)
+            part.chunks = self._send(torch.tensor(chunks, dtype=torch.int32), device)
+        if capturing:
+            self._captured.append((part.table, part.chunks))
+        first = {
+            number: layer for layer, row in zip(reversed(own), reversed(rows), strict=True) for number in row[-2:-1]
+        }
+        return self._numbers([first[number] for number in range(len(first))], device)
+
+    def _numbers(self, layers: Sequence[Layer], device: torch.device) -> Tensor:
+        """Return the rows of numbers of some layers, [H, NUMBERS] float64. What is on the device never leaves it."""
+        table = [numbers_of(layer) for layer in layers]
+        table = [[float(a) if isinstance(a, Tensor) and a.device != device else a for a in row] for row in table]
+        if not any(isinstance(a, Tensor) for row in table for a in row):
+            return self._send(torch.tensor(table, dtype=torch.float64), device)
+        columns = []
+        for column in zip(*table, strict=True):
+            runs = [list(run) for _, run in groupby(column, key=lambda a: "tensor" if isinstance(a, Tensor) else a)]
+            filled = [
+                torch.stack(run).double()
+                if isinstance(run[0], Tensor)
+                else torch.full((len(run),), float(run[0]), dtype=torch.float64, device=device)
+                for run in runs
+            ]
+            columns.append(torch.cat(filled))
+        return torch.stack(columns, dim=1)
+
+    def _send(self, table: Tensor, device: torch.device) -> Tensor:
+        """Copy a table to the device without waiting for it."""
+        if device.type != "cuda":
+            return table
+        table = table.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.append(table)  # the copy is part of the graph
+        return table.to(device, non_blocking=True)
+
+
+BACKEND = Triton()
+
+
+def interpreted() -> bool:
+    """Say whether Triton interprets the kernels on the CPU."""
+    return type(kernels.direct).__name__ == "InterpretedFunction"
+
+
+def types(part: Part) -> dict[str, Any]:
+    x, g, state = part.dtypes
+    compute = torch.promote_types(x, torch.float32)
+    aligned = all(address % 16 == 0 for row in part.rows for address in row[:5])
+    return {
+        "x_type": TYPES[x],
+        "g_type": TYPES[g],
+        "state_type": TYPES[state],
+        "compute": TYPES[compute],
+        "aligned": aligned,
+    }
+
+
+def needs_g(hyper: Any) -> bool:
+    """Say whether u is a function of the gradient, beyond what the state holds of it."""
+    scales = [getattr(hyper, name, 0.0) for name in ("g_scale", "g_sq_scale", "nesterov")]
+    return any(isinstance(scale, Tensor) or scale != 0 for scale in scales)
+
+
+def numbers_of(layer: Layer) -> list[Any]:
+    """Return a layer's row of numbers, in the order of `triton_kernels.NUMBERS`."""
+    numbers = dict(layer.hyper._asdict())
+    if layer.ratio is not None:
+        phi, bounds = layer.ratio.phi, layer.ratio.bounds
+        low, high = (-math.inf, math.inf) if phi is None or callable(phi) else phi
+        lower, upper = bounds or (-math.inf, math.inf)
+        numbers |= layer.ratio._asdict() | {"eps_of_ratio": layer.ratio.eps, "adapt": 1}
+        numbers |= {"low": low, "high": high, "lower": lower, "upper": upper}
+        numbers["eps"] = getattr(layer.hyper, "eps", 0.0)
+    return [numbers.get(name, 0.0) for name in kernels.NUMBERS]
+
+
+# ---- layers that lie in memory in another way than kernels walk ----
+
+
+def aligned(layer: Layer, copies: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return x, what it is rounded to (or x again), g and the state, all in one order in memory and without holes.
+
+    Args:
+        layer: the tensors.
+        copies: where to note (original, copy) of those that had to be copied, but for g.
+    """
+    tensors = [layer.x, layer.x if layer.rounded is None else layer.rounded, layer.g, *layer.state.values()]
+    order = sorted(range(layer.x.dim()), key=layer.x.stride, reverse=True)
+    if all(a.is_contiguous() for a in tensors) or all(a.permute(order).is_contiguous() for a in tensors):
+        return tensors
+    made = [a.contiguous() for a in tensors]
+    if layer.rounded is None:
+        made[1] = made[0]
+    for i, (original, copy) in enumerate(zip(tensors, made, strict=True)):
+        if copy is not original and i != 2 and not (i == 1 and layer.rounded is None):
+            copies.append((original, copy))
+    return made
+
+
+def copy_back(part: Part) -> None:
+    for original, copy in part.copies:
+        original.copy_(copy)

@@ -1,0 +1,200 @@
+"""The Triton kernels equal the reference: interpreted on the CPU, compiled where there is a GPU.
+
+Guards what only they can get wrong: descriptors that outlive what they describe, chunks and their tails, the order of
+sums, the rounding of states and masters. Without a GPU the kernels are also compiled for two, to machine code.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from optim_cases import OPTIMIZERS, build, give_gradients, largest_difference, layers, run
+from torch import Tensor
+
+from largebatch import LAMB
+from largebatch.optim import backends
+
+triton = pytest.importorskip("triton")
+from largebatch.optim import triton as backend  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy tells of inf and NaN
+INTERPRETED = backend.interpreted()
+CLOSE = {torch.float64: 200 * 2**-52, torch.float32: 200 * 2**-23}  # as in test_backends.py
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cpu" and not INTERPRETED:
+        pytest.skip("Triton compiles here; set TRITON_INTERPRET=1 to interpret")
+    monkeypatch.setattr(backend, "CHUNK", 512)
+    monkeypatch.setattr(backend, "BLOCK", 256)
+    monkeypatch.setattr(backend, "SHARES", 4)
+    return request.param
+
+
+def on(device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [x.detach().to(device).requires_grad_() for x in layers(dtype)]
+
+
+def walk(name: str, params: list[Tensor], steps: int, **settings: object) -> torch.optim.Optimizer:
+    settings = {**OPTIMIZERS[name][1], **settings}
+    if isinstance(settings["lr"], Tensor):
+        settings["lr"] = settings["lr"].to(params[0].device)
+    optimizer = build(name, params, **settings)
+    run(optimizer, params, steps)
+    return optimizer
+
+
+FEW = ["lamb", "lamb-decoupled", "lamb-bounded", "lamb-callable", "lamb-linf", "nnlamb-capturable", "lars-nesterov",
+       "lars-tuned", "lars2017-nesterov"]  # fmt: skip
+MANY = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("name", MANY)
+def test_equals_the_reference(name: str, dtype: torch.dtype, device: str) -> None:
+    params, twins = on(device, dtype), on(device, dtype)
+    fast, slow = walk(name, params, 3, backend="triton"), walk(name, twins, 3, backend="reference")
+    assert fast.backend == "triton"
+    assert largest_difference(params, twins) < CLOSE[dtype]
+    assert largest_difference(params, on(device, dtype)) > 1e-3, "the steps moved nothing"
+    for x, y in zip(params, twins, strict=True):
+        for key, value in fast.state[x].items():
+            assert value.stride() == slow.state[y][key].stride()
+            assert not value.numel() or largest_difference([value], [slow.state[y][key]]) < CLOSE[dtype]
+    for key, ratio in fast.trust_ratios().items():
+        assert float(ratio) == pytest.approx(float(slow.trust_ratios()[key]), rel=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("settings", [{}, {"master_weights": True}, {"state_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_narrow_types_round_as_the_reference_does(dtype: torch.dtype, settings: dict, device: str) -> None:
+    # One step, of which each value is rounded once: to another neighbour only where the two float32 values before it,
+    # which differ in the last place, lie on two sides of a boundary: one in 2^16 for the state, 2^13 for float16.
+    params, twins = on(device, dtype), on(device, dtype)
+    fast, slow = (
+        walk("lamb", params, 1, backend="triton", **settings),
+        walk("lamb", twins, 1, backend="reference", **settings),
+    )
+    for x, y in zip(params, twins, strict=True):
+        for ours, theirs in [(x, y), *((fast.state[x][key], slow.state[y][key]) for key in slow.state[y])]:
+            differ = (ours.detach().double() - theirs.detach().double()).abs() > 2**-21 * theirs.detach().double().abs()
+            assert ours.dtype is theirs.dtype
+            assert int(differ.sum()) <= 0.005 * x.numel() + 1
+
+
+def test_two_runs_are_the_same_bits(device: str) -> None:
+    params, twins = on(device), on(device)
+    walk("nnlamb", params, 2, backend="triton")
+    walk("nnlamb", twins, 2, backend="triton")
+    assert all(torch.equal(x, y) for x, y in zip(params, twins, strict=True))
+
+
+def test_what_moved_in_memory_is_found_again(device: str) -> None:
+    params, twins = on(device), on(device)
+    optimizers = [LAMB(params, lr=1e-2, backend="triton"), LAMB(twins, lr=1e-2, backend="reference")]
+    kept = []
+    for step in range(3):
+        for optimizer, xs in zip(optimizers, (params, twins), strict=True):
+            give_gradients(xs, step)
+            optimizer.step()
+        kept.append([x.data for x in params])
+        for x in params:
+            x.data = x.data.clone()  # the old place stays filled with the old weights
+            kept.append(x.grad)
+    assert largest_difference(params, twins) < CLOSE[torch.float32]
+    assert largest_difference(kept[0], params) > 1e-3
+
+
+def test_a_layer_with_a_bad_gradient_waits(device: str) -> None:
+    params, twins = on(device), on(device)
+    optimizers = [LAMB(params, lr=1e-2, backend="triton"), LAMB(twins, lr=1e-2, backend="reference")]
+    for optimizer, xs in zip(optimizers, (params, twins), strict=True):
+        give_gradients(xs, 0)
+        xs[0].grad[3, 3] = torch.nan
+        xs[1].grad[0] = torch.inf
+        xs[5].grad[0, 0, 0, 0] = 1e30  # whose square is not finite
+        optimizer.step()
+    start = on(device)
+    assert all(torch.equal(params[i], start[i]) for i in (0, 1, 5))
+    assert all(optimizers[0].trust_ratios()[i].isnan() for i in (0, 1, 5))
+    assert largest_difference(params, twins) < CLOSE[torch.float32]
+    assert all(value.isfinite().all() for state in optimizers[0].state.values() for value in state.values())
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_the_step() -> None:
+    params, twins = on("cuda"), on("cuda")
+    rate = torch.tensor(1e-2, device="cuda")
+    graphed, plain = (LAMB(xs, lr=rate, backend="triton", capturable=True) for xs in (params, twins))
+    grads = [torch.zeros_like(x) for x in params]
+    for x, g in zip(params, grads, strict=True):
+        x.grad = g
+    start = [x.detach().clone() for x in params]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graphed.step()  # zero gradients and state: warms up, and decays the weights
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.step()
+    with torch.no_grad():
+        for x, value in zip(params, start, strict=True):
+            x.copy_(value)
+            for state in graphed.state[x].values():
+                state.zero_()
+    for step in range(5):
+        rate.fill_(1e-2 / (1 + step))
+        give_gradients(twins, step)
+        for g, y in zip(grads, twins, strict=True):
+            g.copy_(y.grad)
+        graph.replay()
+        plain.step()
+    assert all(torch.equal(x, y) for x, y in zip(params, twins, strict=True))
+    assert largest_difference(params, start) > 1e-3
+
+
+COMPILE = """
+import itertools, torch, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from largebatch import LAMB
+from largebatch.optim import triton_kernels as kernels
+
+pointers = {"rows": "*i64", "chunks": "*i32", "hypers": "*fp64"}
+pointers |= {"shares": "*fp32", "totals": "*fp64", "ratios": "*fp64"}
+
+def build(kernel, capability, **constants):
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8}).asm
+
+common = {"compute": tl.float32, "aligned": True, "size": 16384, "block": 2048}
+for capability, rule in itertools.product((80, 90), ("lamb", "lars", "lars2017")):
+    types = {"x_type": tl.float32, "g_type": tl.bfloat16, "state_type": tl.float32, **common}
+    code = build(kernels.direct, capability, rule=rule, norm="l2", **types)
+    assert ".v4" in code["ptx"], "no 16 bytes at a time"
+    code = build(kernels.descend, capability, rule=rule, rounded_type=tl.float16, rounds=True, reads_g=True, **types)
+    assert len(code["cubin"]) > 10_000
+build(kernels.settle, 90, norm="l2", size=16384, block=1024, dtype=tl.float64)
+types = {"x_type": tl.bfloat16, "g_type": tl.float16, "state_type": tl.bfloat16, **common, "aligned": False}
+build(kernels.direct, 90, rule="lamb", norm="linf", **types)
+
+try:
+    LAMB([torch.nn.Parameter(torch.ones(3))], backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_kernels_compile_for_gpus_and_refuse_the_cpu() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "needs parameters on a CUDA device, and one is on cpu" in done.stdout
+
+
+def test_auto_does_not_take_it_on_a_cpu() -> None:
+    assert backends.choose("auto", "lamb", layers(torch.float32)).name != "triton"
