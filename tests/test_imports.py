@@ -41,8 +41,12 @@ PUBLIC = dict.fromkeys(("LAMB", "LARS", "NLAMB", "NNLAMB", "Layerwise", "param_g
 PUBLIC |= {"plan": "scaling", "Plan": "scaling", "Stage": "scaling", "__version__": "errors"}
 
 
-# A progress bar for `prepare`, which takes minutes; and what reading a corpus back does without.
-FILE_PACKAGES = {"data/progress.py": {"rich"}}
+# A progress bar for `prepare`, which takes minutes; the CUDA backend; and what reading a corpus back does without.
+FILE_PACKAGES = {
+    "data/progress.py": {"rich"},
+    "optim/triton.py": {"triton"},
+    "optim/triton_kernels.py": {"triton"},
+}
 LAZY = {"data": {"tokenizers", "pyarrow", "datasets", "rich"}, "report": {"matplotlib"}, "models": {"safetensors"}}
 
 
