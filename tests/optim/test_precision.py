@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import BACKENDS, give_gradients, layers, run
+from optim_cases import FLOAT32_BACKENDS, give_gradients, layers, run
 from torch import Tensor
 
 from largebatch import LAMB, NNLAMB
@@ -78,7 +78,7 @@ def test_what_bfloat16_holds_is_left_alone_and_what_is_not_finite_stays_so() -> 
 # ---- state in bfloat16 ----
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_averages_follow_where_rounding_to_the_nearest_stands_still(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +99,8 @@ def test_averages_follow_where_rounding_to_the_nearest_stands_still(
     # 400 steps that is 4% for one element, and 0.3% for the mean of 256.
     assert float((stochastic / expected - 1).std()) < 0.06
     assert float((stochastic.mean() / expected.mean() - 1).abs()) < 5 * 0.003
+    if backend == "native":  # whose rounding is in C, and the same
+        return
     monkeypatch.setattr(reference, "store", nearest)
     monkeypatch.setattr(foreach, "store", nearest)
     frozen = v_after(torch.bfloat16)
@@ -129,7 +131,7 @@ def test_a_run_with_bfloat16_state_learns_as_much(monkeypatch: pytest.MonkeyPatc
     assert float(exact.max()) < 10, "about 1,000 at the start"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_bfloat16_state_takes_half_the_memory(backend: str) -> None:
     def size(state_dtype: torch.dtype | None) -> int:
         params = layers(torch.float32)
@@ -144,7 +146,7 @@ def test_bfloat16_state_takes_half_the_memory(backend: str) -> None:
 # ---- master weights ----
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_master_weights_are_a_float32_run(dtype: torch.dtype, backend: str) -> None:
     params = [x for x in layers(dtype) if x.numel()]
@@ -183,7 +185,7 @@ NARROW = [{"state_dtype": torch.bfloat16}, {"master_weights": True}]
 NARROW.append(NARROW[0] | NARROW[1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 @pytest.mark.parametrize("make", [LAMB, NNLAMB])
 @pytest.mark.parametrize(
     "settings",
