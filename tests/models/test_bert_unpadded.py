@@ -4,6 +4,7 @@ Guards the unpadded path, which serves training, against the padded one, which i
 1e-5 in fp32, as derived there: the two differ in the order of sums alone.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -290,3 +291,33 @@ def test_cuda_equals_the_cpu(dtype: torch.dtype, small_config: BertConfig, make_
     tolerance = {torch.float16: 2e-2, torch.bfloat16: 1.5e-1, torch.float32: 1e-4}[dtype]
     for one, other in zip(got, expected, strict=True):
         assert (one.float().cpu() - other).abs().max() <= tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize("checkpoint_layers", [False, True])
+@pytest.mark.parametrize("unpad", [False, True])
+def test_the_last_layer_need_not_finish_the_rows_that_no_head_reads(
+    unpad: bool,
+    checkpoint_layers: bool,
+    small_config: BertConfig,
+    make_batch: Callable,
+    assert_same_gradients: Callable,
+) -> None:
+    """With dropout on, and a position asked for twice: the same as heads on top of the whole encoder."""
+    torch.manual_seed(1)
+    config = dataclasses.replace(small_config, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    model, whole = (
+        BertForPreTraining(config, unpad=unpad, checkpoint_layers=checkpoint_layers).train() for _ in range(2)
+    )
+    whole.load_state_dict(model.state_dict())
+    batch = make_batch([7, 3, 7, 50, 3, 7], 64)
+    inputs = [batch[name] for name in ("input_ids", "token_type_ids", "attention_mask")]
+    keys = torch.arange(6) * 12345
+    positions = torch.cat([batch["masked_positions"], batch["masked_positions"][:1]])
+    mlm, nsp = model(*inputs, positions, keys)
+    states, pooled = whole.bert(*inputs, keys)
+    expected = whole.cls.predictions(states.flatten(0, 1)[positions]), whole.cls.seq_relationship(pooled)
+    torch.testing.assert_close((mlm, nsp), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    (mlm.square().mean() + nsp.square().mean()).backward()
+    sum(logits.square().mean() for logits in expected).backward()
+    assert_same_gradients(model, whole, TOLERANCE)
+    assert model(*inputs, positions, keys + 1)[0].sub(mlm).abs().max() > 1e-2, "dropout is off"

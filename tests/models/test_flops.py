@@ -30,8 +30,12 @@ def test_bert_by_pytorchs_counter(lengths: list[int], small_config: BertConfig, 
         pretraining_loss(model, batch, totals)[0].backward()
     width = small_config.hidden_size
     pooler_and_next_sentence = 6 * len(lengths) * (width * width + width * 2)
-    expected = training_flops(small_config, lengths, len(batch["masked_positions"])) + pooler_and_next_sentence
+    counts = {"config": small_config, "lengths": lengths, "num_masked": len(batch["masked_positions"])}
+    expected = training_flops(**counts, whole_layers=False) + pooler_and_next_sentence
     assert counter.get_total_flops() == expected
+    rows_unseen = sum(lengths) - counts["num_masked"] - len(lengths)
+    per_row = 6 * (width**2 + 2 * width * small_config.intermediate_size)
+    assert training_flops(**counts) - training_flops(**counts, whole_layers=False) == rows_unseen * per_row
 
 
 def test_what_is_left_out_is_small() -> None:

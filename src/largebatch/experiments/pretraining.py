@@ -92,7 +92,7 @@ class PretrainingWorkload:
         for part in cut(samples, self.micro_batch_sizes[stage]):
             arrays = self._read(self._train[stage], part)
             num_tokens += int(arrays["lengths"].sum())
-            flops += training_flops(self.bert, arrays["lengths"], len(arrays["masked_labels"]))
+            flops += training_flops(self.bert, arrays["lengths"], len(arrays["masked_labels"]), whole_layers=False)
             if self.config.dropout_masks == "keyed":
                 arrays["dropout_keys"] = self._dropout_keys(stage, part)
             micro_batches.append(as_micro_batch(arrays))

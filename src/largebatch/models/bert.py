@@ -69,9 +69,9 @@ class BertOutput(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, rows: Tensor, residual: Tensor, layout: TokenLayout) -> Tensor:
-        """[T, width], [T, H] -> [T, H]."""
-        return self.LayerNorm(self.dropout(self.dense(rows), layout.row_keys) + residual)
+    def forward(self, rows: Tensor, residual: Tensor, row_keys: Tensor | None) -> Tensor:
+        """[T, width], [T, H], [T] -> [T, H]."""
+        return self.LayerNorm(self.dropout(self.dense(rows), row_keys) + residual)
 
 
 class BertAttention(nn.Module):
@@ -82,9 +82,12 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertOutput(config, config.hidden_size)
 
-    def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
-        """[T, H] -> [T, H]."""
-        return self.output(self.self(rows, layout), rows, layout)
+    def forward(self, rows: Tensor, layout: TokenLayout, only: Tensor | None = None) -> Tensor:
+        """[T, H] -> [T, H], or [N, H] of the rows in ``only`` [N]."""
+        context = self.self(rows, layout)
+        if only is not None:
+            context, rows = select_rows(context, only), select_rows(rows, only)
+        return self.output(context, rows, layout.keys_of(only))
 
 
 class BertIntermediate(nn.Module):
@@ -109,10 +112,10 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config, config.intermediate_size)
 
-    def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
-        """[T, H] -> [T, H]."""
-        rows = self.attention(rows, layout)
-        return self.output(self.intermediate(rows), rows, layout)
+    def forward(self, rows: Tensor, layout: TokenLayout, only: Tensor | None = None) -> Tensor:
+        """[T, H] -> [T, H], or [N, H] of the rows in ``only`` [N]."""
+        rows = self.attention(rows, layout, only)
+        return self.output(self.intermediate(rows), rows, layout.keys_of(only))
 
 
 class BertEncoder(nn.Module):
@@ -123,13 +126,14 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.checkpoint_layers = checkpoint_layers
 
-    def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
-        """[T, H] -> [T, H]."""
-        for layer in self.layer:
+    def forward(self, rows: Tensor, layout: TokenLayout, only: Tensor | None = None) -> Tensor:
+        """[T, H] -> [T, H], or [N, H] of the rows in ``only`` [N], past the last layer's attention."""
+        for number, layer in enumerate(self.layer, start=1):
+            wanted = only if number == len(self.layer) else None
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():
-                rows = checkpoint(layer, rows, layout, use_reentrant=False)
+                rows = checkpoint(layer, rows, layout, wanted, use_reentrant=False)
             else:
-                rows = layer(rows, layout)
+                rows = layer(rows, layout, wanted)
         return rows
 
 
@@ -189,8 +193,13 @@ class BertModel(nn.Module):
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         dropout_keys: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, TokenLayout]:
-        """Return the hidden states as packed rows [T, H], and the layout that says which row is which token."""
+        """Return the hidden states as packed rows [T, H], and the layout that says which row is which token.
+
+        With ``positions`` [N], flat into B * L, only the rows that both heads of pre-training read are computed to the
+        end: those of the positions, and after them those of the B tokens [CLS], [N + B, H] in all.
+        """
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"input_ids: sequences of {input_ids.shape[1]} tokens, but the model has "
@@ -202,11 +211,15 @@ class BertModel(nn.Module):
             token_type_ids = torch.zeros_like(input_ids)
         layout = TokenLayout(attention_mask, unpad=self.unpad, dropout_keys=dropout_keys)
         rows = self.embeddings(layout.pack(input_ids), layout.pack(token_type_ids), layout)
-        return self.encoder(rows, layout), layout
+        only = None if positions is None else torch.cat([layout.rows_at(positions), layout.first_rows])
+        return self.encoder(rows, layout, only), layout
 
     def pool(self, rows: Tensor, layout: TokenLayout) -> Tensor:
         """Return the pooled [CLS] rows [B, H] of packed hidden states."""
-        first_rows = select_rows(rows, layout.first_rows)
+        return self.pool_rows(select_rows(rows, layout.first_rows))
+
+    def pool_rows(self, first_rows: Tensor) -> Tensor:
+        """[B, H] -> [B, H]: the pooler, where there is one."""
         return first_rows if self.pooler is None else self.pooler(first_rows)
 
     def forward(

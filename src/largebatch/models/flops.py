@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from .config import BertConfig
 
 
-def training_flops(config: BertConfig, lengths: NDArray[np.integer] | Sequence[int], num_masked: int) -> float:
+def training_flops(
+    config: BertConfig, lengths: NDArray[np.integer] | Sequence[int], num_masked: int, *, whole_layers: bool = True
+) -> float:
     """Return the operations of one forward and backward pass of BERT over sequences of real tokens.
 
     Matrix products only, a multiplication and an addition counted as two, the backward pass as two forward passes;
@@ -25,6 +27,8 @@ def training_flops(config: BertConfig, lengths: NDArray[np.integer] | Sequence[i
         config: the model's shape.
         lengths: real tokens of each sequence.
         num_masked: tokens that the masked-language-model head is computed for; 0 in fine-tuning.
+        whole_layers: False leaves out what `BertForPreTraining` does, so that no speed is claimed for it: past its
+            attention, the last layer is computed for the masked tokens and one token of each sequence alone.
 
     Returns:
         Floating-point operations. BERT-large: 240.6e9 for a sequence of 128 with 20 masked tokens, 1020.5e9 for one of
@@ -33,6 +37,9 @@ def training_flops(config: BertConfig, lengths: NDArray[np.integer] | Sequence[i
     real = np.asarray(lengths, dtype=np.float64)
     width, layers = config.hidden_size, config.num_hidden_layers
     linear = real.sum() * layers * (4 * width**2 + 2 * width * config.intermediate_size)
+    if not whole_layers:
+        unseen = max(0.0, real.sum() - num_masked - len(real))
+        linear -= unseen * (width**2 + 2 * width * config.intermediate_size)
     attention = (real**2).sum() * layers * 2 * width
     head = num_masked * (width**2 + width * config.vocab_size)
     return 6 * float(linear + attention + head)

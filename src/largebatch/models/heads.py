@@ -7,7 +7,7 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from .bert import ACTIVATION_FUNCTIONS, BertModel, initialize_weights, select_rows
+from .bert import ACTIVATION_FUNCTIONS, BertModel, initialize_weights
 from .config import BertConfig
 from .dropout import Dropout, number_sites
 
@@ -91,9 +91,9 @@ class BertForPreTraining(nn.Module):
         Returns:
             Logits [N, V] in the order of ``masked_positions``, and [B, 2] (class 1: the second segment is random).
         """
-        rows, layout = self.bert.encode(input_ids, token_type_ids, attention_mask, dropout_keys)
-        masked_rows = select_rows(rows, layout.rows_at(masked_positions))
-        return self.cls.predictions(masked_rows), self.cls.seq_relationship(self.bert.pool(rows, layout))
+        rows, _ = self.bert.encode(input_ids, token_type_ids, attention_mask, dropout_keys, masked_positions)
+        masked_rows, first_rows = rows.split([len(masked_positions), len(input_ids)])
+        return self.cls.predictions(masked_rows), self.cls.seq_relationship(self.bert.pool_rows(first_rows))
 
 
 class BertForQuestionAnswering(nn.Module):

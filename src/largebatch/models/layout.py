@@ -132,6 +132,10 @@ class TokenLayout:
         keys = self.pack(self._dropout_keys[:, None].expand(-1, self.sequence_length))
         return row_keys(keys, self.positions)
 
+    def keys_of(self, rows: Tensor | None) -> Tensor | None:
+        """Return the keys of some rows; None means all."""
+        return self.row_keys if rows is None or self.row_keys is None else self.row_keys[rows]
+
     @functools.cached_property
     def key_mask(self) -> Tensor:
         """[B, 1, 1, L] for ``scaled_dot_product_attention``."""
