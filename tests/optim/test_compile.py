@@ -21,13 +21,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 
 MAKERS: dict[str, Callable[..., Optimizer]] = {
     "lamb": LAMB,
-    "lamb-clipped-uncorrected": lambda params, lr: LAMB(params, lr, phi=(0.1, 2.0), bias_correction=False),
     "lamb-decoupled-folded": lambda params, lr: LAMB(
-        params, lr, decoupled_weight_decay=True, bias_correction="folded", norm="l1"
+        params, lr, decoupled_weight_decay=True, bias_correction="folded", norm="l1", phi=(0.1, 2.0)
     ),
     "lamb-bfloat16-state": lambda params, lr: LAMB(params, lr, state_dtype=torch.bfloat16),
     "nnlamb": NNLAMB,
-    "lars": LARS,
     "lars2017": lambda params, lr: LARS(params, lr, form="2017", nesterov=True),
 }
 every_optimizer = pytest.mark.parametrize("name", list(MAKERS))
@@ -66,7 +64,7 @@ def test_a_step_is_one_graph_for_good(name: str) -> None:
     lr = torch.tensor(0.01)
     optimizer, plain = MAKERS[name](model.parameters(), lr=lr), MAKERS[name](twin.parameters(), lr=0.01)
     step = compiled(optimizer)
-    for number in range(4):
+    for number in range(3):
         for of, take in ((model, step), (twin, plain.step)):
             give_gradients(of, number)
             take()
@@ -81,13 +79,13 @@ def test_a_step_is_one_graph_for_good(name: str) -> None:
     assert not torch.equal(next(model.parameters()), next(model_of().parameters()))
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, LAMB, LARS], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [torch.optim.AdamW, LAMB], ids=lambda make: make.__name__)
 def test_a_number_for_a_rate_is_compiled_twice_as_by_torch(make: Callable[..., Optimizer]) -> None:
     # Once for the first value, once for all others: what torch's own optimizers do.
     model = model_of()
     optimizer = make(model.parameters(), lr=0.01)
     step = compiled(optimizer, fullgraph=make is not torch.optim.AdamW)  # torch breaks the graph of its own on purpose
-    for number in range(4):
+    for number in range(3):
         give_gradients(model, number)
         step()
         optimizer.param_groups[0]["lr"] *= 0.9
@@ -141,22 +139,23 @@ def test_a_scheduler_does_not_compile_the_step_again() -> None:
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
     step = compiled(optimizer, fullgraph=False)
     counts = []
-    for number in range(4):
+    for number in range(3):
         give_gradients(model, number)
         step()
         scheduler.step()
         counts.append(graphs())
-    assert counts == [1, 1, 1, 1]
-    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01 * 0.8**4)
+    assert counts == [1, 1, 1]
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.01 * 0.8**3)
 
 
+@pytest.mark.slow  # in seventeen graphs
 def test_layerwise_compiles_as_far_as_torch_lets_its_own() -> None:
     model, twin = model_of(), model_of()
     optimizer = Layerwise(torch.optim.AdamW(model.parameters(), lr=0.01))
     plain = Layerwise(torch.optim.AdamW(twin.parameters(), lr=0.01))
     step = compiled(optimizer, fullgraph=False)
     counts = []
-    for number in range(4):
+    for number in range(3):
         for of, take in ((model, step), (twin, plain.step)):
             give_gradients(of, number)
             take()

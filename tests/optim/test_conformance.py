@@ -132,7 +132,7 @@ def test_goes_downhill(info: OptimizerInfo, given: OptimizerInput, strided: bool
         optimizer = info.optim_cls(groups, **{**given.kwargs, "lr": lr})
         schedulers = [make(optimizer) for make in makers]
         initial = closure(optimizer).item()
-        for _ in range(20):
+        for _ in range(12):
             loss = optimizer.step(functools.partial(closure, optimizer))
             assert isinstance(loss, Tensor)
             for scheduler in schedulers:

@@ -15,7 +15,7 @@ from optim_cases import FLOAT32_BACKENDS, give_gradients, layers, run
 from torch import Tensor
 
 from largebatch import LAMB, NNLAMB
-from largebatch.optim import foreach, precision, reference
+from largebatch.optim import foreach, precision
 
 HALF_UNIT = 2.0**-8  # bfloat16: to the nearest number of it, at most this part of a number is rounded off
 
@@ -32,19 +32,19 @@ def nearest(target: Tensor, value: Tensor, *_: Any, **__: Any) -> None:
 
 
 def test_rounding_is_unbiased_and_to_a_neighbour() -> None:
-    # 2,000 numbers of all exponents, rounded in 4,096 steps: the mean of uniform noise over a gap q has the deviation
-    # q/√(12·4096) at most q/222, so that 5 of those, 0.023 q, hold for all 2,000 with a probability of 0.999.
+    # 2,000 numbers of all exponents, rounded in 2,048 steps: up or down by chance deviates by half a gap at most, its mean
+    # by 0.011 of one, and five of those hold for all 2,000 with a probability of 0.999.
     values = torch.randn(2000) * 10.0 ** torch.randint(-30, 30, (2000,))
     down = (values.view(torch.int32) & -0x10000).view(torch.float32)
     up = ((values.view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
     gap = (up - down).double()
     total = torch.zeros(2000, dtype=torch.float64)
-    for step in range(4096):
+    for step in range(2048):
         result = rounded(values, step)
         assert bool(((result == down) | (result == up)).all())
         total += (result.double() - down.double()) / gap
-    bias = total / 4096 - (values.double() - down.double()) / gap
-    assert float(bias.abs().max()) < 5 * 0.5 / 4096**0.5
+    bias = total / 2048 - (values.double() - down.double()) / gap
+    assert float(bias.abs().max()) < 5 * 0.5 / 2048**0.5
     to_nearest = (values.bfloat16().double() - down.double()) / gap - (values.double() - down.double()) / gap
     assert float(to_nearest.abs().max()) > 0.4
 
@@ -78,7 +78,7 @@ def test_what_bfloat16_holds_is_left_alone_and_what_is_not_finite_stays_so() -> 
 # ---- state in bfloat16 ----
 
 
-@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS[1:])  # the reference's rounding is foreach's, and it is slow
 def test_averages_follow_where_rounding_to_the_nearest_stands_still(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +101,6 @@ def test_averages_follow_where_rounding_to_the_nearest_stands_still(
     assert float((stochastic.mean() / expected.mean() - 1).abs()) < 5 * 0.003
     if backend == "native":  # whose rounding is in C, and the same
         return
-    monkeypatch.setattr(reference, "store", nearest)
     monkeypatch.setattr(foreach, "store", nearest)
     frozen = v_after(torch.bfloat16)
     assert float(frozen.mean() / expected.mean()) > 1.3
