@@ -32,8 +32,8 @@ def nearest(target: Tensor, value: Tensor, *_: Any, **__: Any) -> None:
 
 
 def test_rounding_is_unbiased_and_to_a_neighbour() -> None:
-    # 2,000 numbers of all exponents, rounded in 2,048 steps: up or down by chance deviates by half a gap at most, its mean
-    # by 0.011 of one, and five of those hold for all 2,000 with a probability of 0.999.
+    # 2,000 numbers of all exponents, rounded in 2,048 steps. Up or down by chance deviates by half a gap at most, its
+    # mean by 0.011 of one, and five of those hold for all 2,000 with a probability of 0.999.
     values = torch.randn(2000) * 10.0 ** torch.randint(-30, 30, (2000,))
     down = (values.view(torch.int32) & -0x10000).view(torch.float32)
     up = ((values.view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
