@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which the first optimizer imports, in 4 s: once here, and not on every rank
 import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COLLECTIVE_TIMEOUT_S = 30
+COLLECTIVE_TIMEOUT_S = 60
 
 
 class Collectives(TorchDispatchMode):

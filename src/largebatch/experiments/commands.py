@@ -47,17 +47,25 @@ def train(options: argparse.Namespace) -> int:
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Go on with the run in `options.out`, with the settings it was started with but for those that may change."""
-    fixed = [key for key in (setting.partition("=")[0].strip() for setting in options.set) if not _is_elastic(key)]
-    if fixed or getattr(options, "data", None):
+    """Go on with the run in `options.out`, with the settings it was started with but for those that may change.
+
+    Settings that are repeated are welcome: torchrun restarts a job with its old command line.
+    """
+    saved = config_of(options.out)
+    settings = list(options.set)
+    if getattr(options, "data", None):
+        settings.append(f"data.path={Path(options.data).resolve()}")
+    changed = [setting for setting in settings if not _is_elastic(setting) and override(saved, [setting]) != saved]
+    if changed:
         raise UserError(
             f"a resumed run keeps the settings in {options.out / 'config.json'}, all but "
-            f"{', '.join(ELASTIC)} and stages.N.micro_batch_size; leave {', '.join(fixed) or '--data'} out"
+            f"{', '.join(ELASTIC)} and stages.N.micro_batch_size; leave {', '.join(changed)} out"
         )
-    return execute(override(config_of(options.out), options.set), options.out, resume=True, threads=options.threads)
+    return execute(override(saved, settings), options.out, resume=True, threads=options.threads)
 
 
-def _is_elastic(key: str) -> bool:
+def _is_elastic(setting: str) -> bool:
+    key = setting.partition("=")[0].strip()
     return key in ELASTIC or (key.startswith("stages.") and key.endswith(".micro_batch_size"))
 
 

@@ -1,6 +1,8 @@
 """The ranks of a run: who am I, and what is agreed among all of them."""
 
 import os
+import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -30,8 +32,42 @@ def initialize(device: str, timeout_s: float = 600) -> torch.device:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        backend, timeout = "nccl" if use_cuda else "gloo", timedelta(seconds=timeout_s)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = _store_of_this_start(number, size, timeout)
+            dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     return chosen
+
+
+def _store_of_this_start(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Agree on a prefix in torchrun's store that no earlier start of this job has used.
+
+    The store outlives a restart with all that is in it, and a rank that is quick reads there the addresses of processes
+    that are gone (pytorch#135712, #167288). So the first rank names the start, and answers every rank under a name that
+    only this process can have asked by.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"largebatch/asks/{rank}", mine)
+        start = store.get(f"largebatch/answer/{mine}").decode()
+        store.set(f"largebatch/{start}/has/{rank}", "")
+        return dist.PrefixStore(f"largebatch/{start}", store)
+    missing = list(range(1, world_size))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"largebatch/asks/{other}"]):  # perhaps in a voice of the past, which nobody hears answered
+                store.set("largebatch/answer/" + store.get(f"largebatch/asks/{other}").decode(), mine)
+        missing = [other for other in missing if not store.check([f"largebatch/{mine}/has/{other}"])]
+        if missing and time.monotonic() > deadline:
+            raise TimeoutError(f"of {world_size} ranks {missing} did not start within {timeout.total_seconds():.0f} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(f"largebatch/{mine}", store)
 
 
 def finalize() -> None:
