@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .bert import ACTIVATION_FUNCTIONS, BertModel, initialize_weights
 from .config import BertConfig
+from .cross_entropy import linear_cross_entropy
 from .dropout import Dropout, number_sites
 
 # Finite, so that sums of two of them and half precision stay finite; exp() of it is 0. The value is original BERT's.
@@ -42,6 +43,10 @@ class BertLMPredictionHead(nn.Module):
         """[N, H] -> [N, V]."""
         return self.decoder(self.transform(rows))
 
+    def loss(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, H], [N] -> the summed cross-entropy and the number of right answers."""
+        return linear_cross_entropy(self.transform(rows), self.decoder.weight, self.decoder.bias, labels)
+
 
 class BertPreTrainingHeads(nn.Module):
     """The masked-language-model head and the next-sentence head."""
@@ -55,10 +60,14 @@ class BertPreTrainingHeads(nn.Module):
 class BertForPreTraining(nn.Module):
     """BERT with both pre-training heads; the vocabulary's logits are computed at the masked positions only.
 
+    ``takes_labels`` tells `pretraining_loss` that it may hand over the labels, so that the logits never exist at once.
+
     Args:
         config: the shape.
         unpad, checkpoint_layers: as for :class:`BertModel`.
     """
+
+    takes_labels = True
 
     def __init__(self, config: BertConfig, *, unpad: bool = True, checkpoint_layers: bool = False) -> None:
         super().__init__()
@@ -81,19 +90,25 @@ class BertForPreTraining(nn.Module):
         attention_mask: Tensor | None,
         masked_positions: Tensor,
         dropout_keys: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        masked_labels: Tensor | None = None,
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
         """Return the logits of the masked tokens and of the next-sentence prediction.
 
         Args:
             input_ids, token_type_ids, attention_mask, dropout_keys: as for :class:`BertModel`.
             masked_positions: [N] int64, flat into B * L; may be empty.
+            masked_labels: [N] int64, for whoever wants no logits but what they come to.
 
         Returns:
-            Logits [N, V] in the order of ``masked_positions``, and [B, 2] (class 1: the second segment is random).
+            Logits [N, V] in the order of ``masked_positions``, and [B, 2] (class 1: the second segment is random). With
+            ``masked_labels``, in place of the first, `linear_cross_entropy`'s loss and count.
         """
         rows, _ = self.bert.encode(input_ids, token_type_ids, attention_mask, dropout_keys, masked_positions)
         masked_rows, first_rows = rows.split([len(masked_positions), len(input_ids)])
-        return self.cls.predictions(masked_rows), self.cls.seq_relationship(self.bert.pool_rows(first_rows))
+        next_sentence = self.cls.seq_relationship(self.bert.pool_rows(first_rows))
+        if masked_labels is None:
+            return self.cls.predictions(masked_rows), next_sentence
+        return self.cls.predictions.loss(masked_rows, masked_labels), next_sentence
 
 
 class BertForQuestionAnswering(nn.Module):

@@ -31,8 +31,13 @@ def pretraining_loss(model: nn.Module, micro_batch: MicroBatch, totals: Totals) 
     Returns:
         The loss contribution, and the contributions to mlm_loss, mlm_accuracy, nsp_loss and nsp_accuracy (detached).
     """
-    mlm_logits, nsp_logits = _forward(model, micro_batch, *_SEQUENCES, "masked_positions")
-    mlm_loss, mlm_accuracy = _contribution(mlm_logits, micro_batch["masked_labels"], totals["masked"])
+    names = (*_SEQUENCES, "masked_positions")
+    if getattr(getattr(model, "module", model), "takes_labels", False):  # DDP keeps the model it wraps in `module`
+        sums, nsp_logits = _forward(model, micro_batch, *names, masked_labels=micro_batch["masked_labels"])
+        mlm_loss, mlm_accuracy = (part / _at_least_one(totals["masked"], part) for part in sums)
+    else:
+        mlm_logits, nsp_logits = _forward(model, micro_batch, *names)
+        mlm_loss, mlm_accuracy = _contribution(mlm_logits, micro_batch["masked_labels"], totals["masked"])
     nsp_loss, nsp_accuracy = _contribution(nsp_logits, micro_batch["next_sentence_labels"], totals["sequences"])
     metrics = {
         "mlm_loss": mlm_loss.detach(),
@@ -87,14 +92,18 @@ def classification_loss(model: nn.Module, micro_batch: MicroBatch, totals: Total
     return loss, {"accuracy": accuracy}
 
 
-def _forward(model: nn.Module, micro_batch: MicroBatch, *names: str) -> Any:
+def _forward(model: nn.Module, micro_batch: MicroBatch, *names: str, **more: Tensor) -> Any:
     keys = {name: micro_batch[name] for name in ("dropout_keys",) if name in micro_batch}
-    return model(*(micro_batch[name] for name in names), **keys)
+    return model(*(micro_batch[name] for name in names), **keys, **more)
+
+
+def _at_least_one(total: Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(total, device=like.device).clamp(min=1)
 
 
 def _contribution(logits: Tensor, labels: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy and the number of right answers, both over the global total."""
-    total = torch.as_tensor(total, device=logits.device).clamp(min=1)
+    total = _at_least_one(total, logits)
     logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum") / total
     correct = (logits.detach().argmax(-1) == labels).sum() / total

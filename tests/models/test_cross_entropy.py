@@ -1,0 +1,93 @@
+"""The linear layer that is one with its cross-entropy equals the two apart: loss, count and every gradient."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from largebatch.models import BertConfig, BertForPreTraining, cross_entropy, pretraining_loss
+from largebatch.models.cross_entropy import linear_cross_entropy
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CPU_LOGITS", 7 * 50)  # 7 rows of 50 classes
+
+
+def draw(rows: int) -> tuple[list[Tensor], Tensor]:
+    inputs = [torch.randn(rows, 16), torch.randn(50, 16), torch.randn(50)]
+    return [a.requires_grad_() for a in inputs], torch.randint(0, 50, (rows,))
+
+
+def apart(inputs: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(*inputs).float()
+    return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 20])
+def test_equals_the_two_apart(rows: int) -> None:
+    # Sums of 50 and of 20 float32 terms in another order: 20 · 6e-8 of the largest.
+    inputs, labels = draw(rows)
+    twins = [a.detach().clone().requires_grad_() for a in inputs]
+    loss, right = linear_cross_entropy(*inputs, labels)
+    expected, expected_right = apart(twins, labels)
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6)
+    assert int(right) == int(expected_right)
+    (loss / 3).backward()
+    (expected / 3).backward()
+    for a, b in zip(inputs, twins, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast() -> None:
+    # bfloat16 rounds logits and probabilities to 2^-9 on either side: they agree as well as either does with float32.
+    inputs, labels = draw(20)
+    twins = [a.detach().clone().requires_grad_() for a in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = linear_cross_entropy(*inputs, labels)
+        expected, _ = apart(twins, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    loss.backward()
+    expected.backward()
+    for a, b in zip(inputs, twins, strict=True):
+        assert a.grad.dtype is torch.float32
+        assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm())
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    inputs, labels = draw(20)
+    with torch.no_grad():
+        loss, right = linear_cross_entropy(*inputs, labels)
+    expected, expected_right = apart(inputs, labels)
+    torch.testing.assert_close(loss, expected.detach(), rtol=2e-6, atol=1e-6)
+    assert int(right) == int(expected_right)
+
+
+def test_only_what_is_asked_for_has_a_gradient() -> None:
+    inputs, labels = draw(20)
+    inputs[1].requires_grad_(False)
+    linear_cross_entropy(*inputs, labels)[0].backward()
+    assert inputs[1].grad is None
+    assert inputs[0].grad is not None
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_pretraining_loss_is_the_same_with_and_without_logits(
+    masked: bool, small_config: BertConfig, make_batch: Callable, assert_same_gradients: Callable
+) -> None:
+    torch.manual_seed(1)
+    model, twin = BertForPreTraining(small_config), BertForPreTraining(small_config)
+    twin.load_state_dict(model.state_dict())
+    twin.takes_labels = False
+    batch = make_batch([7, 3, 7, 50, 3, 7], 64)
+    if not masked:
+        batch |= {name: batch[name][:0] for name in ("masked_positions", "masked_labels")}
+    totals = {"masked": torch.tensor(10), "sequences": torch.tensor(5)}
+    results = [pretraining_loss(each, batch, totals) for each in (model, twin)]
+    for loss, _ in results:
+        loss.backward()
+    torch.testing.assert_close(*(loss for loss, _ in results), rtol=1e-5, atol=0)
+    torch.testing.assert_close(*(metrics for _, metrics in results), rtol=1e-5, atol=1e-6)
+    assert_same_gradients(model, twin, 1e-5)
