@@ -1,6 +1,7 @@
 """Does LAMB's state hold in 8 bits? Train a small language model with each way to store m and v, and compare.
 
     python dev/eight_bit_state.py --seeds 3 --steps 400
+    python dev/eight_bit_state.py --directions          # how far u and its norm are off, layer by layer
 
 The task is the next word of the shipped books: the 4,095 commonest words, so that most rows of the embedding have a
 gradient now and then only, which is what is hard on a quantised state. The 8-bit states are simulated: after each step
@@ -103,6 +104,11 @@ WAYS: dict[str, tuple[dict[str, torch.dtype], Callable[..., None] | None]] = {
 }
 
 
+def loss_of(model: nn.Module, starts: Tensor, text: Tensor) -> Tensor:
+    windows = text[starts[:, None] + torch.arange(LENGTH + 1)]
+    return cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+
+
 def held_out_loss(way: str, seed: int, steps: int, lr: float, corpus: Tensor) -> float:
     torch.manual_seed(seed)
     training, held_out = corpus[:-65536], corpus[-65536:]
@@ -116,19 +122,40 @@ def held_out_loss(way: str, seed: int, steps: int, lr: float, corpus: Tensor) ->
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     batches = torch.Generator().manual_seed(seed)
 
-    def loss_on(starts: Tensor, text: Tensor) -> Tensor:
-        windows = text[starts[:, None] + torch.arange(LENGTH + 1)]
-        return cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-
     for _ in range(steps):
-        loss = loss_on(torch.randint(len(training) - LENGTH, (BATCH,), generator=batches), training)
+        loss = loss_of(model, torch.randint(len(training) - LENGTH, (BATCH,), generator=batches), training)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        losses = [float(loss_on(torch.arange(i, i + 8192 - LENGTH, LENGTH), held_out)) for i in range(0, 57344, 8192)]
+        losses = [
+            float(loss_of(model, torch.arange(i, i + 8192 - LENGTH, LENGTH), held_out)) for i in range(0, 57344, 8192)
+        ]
     return statistics.mean(losses)
+
+
+def print_directions(corpus: Tensor, steps: int = 150) -> None:
+    """Print ‖u − u₃₂‖/‖u₃₂‖ and ‖u‖/‖u₃₂‖ for the state of a float32 run, stored in each way to the nearest."""
+    torch.manual_seed(0)
+    model = LanguageModel()
+    optimizer = LAMB(param_groups(model, weight_decay=0.01), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, torch.randint(len(corpus) - LENGTH, (BATCH,)), corpus).backward()
+        optimizer.step()
+
+    def u(m: Tensor, v: Tensor) -> Tensor:
+        return m / (1 - 0.9**steps) / ((v / (1 - 0.999**steps)).sqrt() + 1e-6)
+
+    for name, x in model.named_parameters():
+        m, v = optimizer.state[x]["exp_avg"], optimizer.state[x]["exp_avg_sq"]
+        exact, columns = u(m, v), [f"{name:42}"]
+        in_8_bits = [through_8_bits(a, dynamic_code(signed), False) for a, signed in ((m, True), (v, False))]
+        for way, stored in (("bfloat16", [m.bfloat16().float(), v.bfloat16().float()]), ("8-bit", in_8_bits)):
+            error, norm = (float(a.norm() / exact.norm()) for a in (u(*stored) - exact, u(*stored)))
+            columns.append(f"{way}: {error:.4f} {norm:.4f}")
+        print("   ".join(columns))
 
 
 def main() -> None:
@@ -137,8 +164,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--ways", nargs="*", default=list(WAYS))
+    parser.add_argument("--directions", action="store_true")
     arguments = parser.parse_args()
     corpus = words()
+    if arguments.directions:
+        print_directions(corpus)
+        return
     for way in arguments.ways:
         start = time.perf_counter()
         losses = [held_out_loss(way, seed, arguments.steps, arguments.lr, corpus) for seed in range(arguments.seeds)]
