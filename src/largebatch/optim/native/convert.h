@@ -23,8 +23,6 @@ static inline float float_of(uint32_t bits) {
     return a;
 }
 
-static inline int is_finite(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
-
 /* ---- bfloat16: the upper half of a float32 ---- */
 
 static inline float from_bfloat16(uint16_t a) { return float_of((uint32_t)a << 16); }
@@ -45,11 +43,12 @@ static inline uint32_t mix(uint32_t h) {
     return h;
 }
 
-/* Up or down by chance, so that the expected value is exact. The same as `precision.round_stochastically`. */
-static inline uint16_t to_bfloat16_stochastically(float a, uint32_t noise) {
-    uint32_t bits = bits_of(a);
-    uint32_t by_chance = (bits + (noise & 0xffffu)) >> 16;
-    return (uint16_t)(is_finite(bits) ? by_chance : to_bfloat16(a));
+static inline uint16_t upper_half(float a) { return (uint16_t)(bits_of(a) >> 16); }
+
+/* Round to bfloat16, up or down by chance, so that the expected value is exact. The same as
+ * `precision.round_stochastically`. NaN stays NaN: where it comes from operands whose lower half is 0, so is its own. */
+static inline float round_by_chance(float a, uint32_t noise) {
+    return float_of((bits_of(a) + (noise & 0xffffu)) & 0xffff0000u);
 }
 
 /* ---- float16 ---- */
@@ -87,24 +86,7 @@ static inline float *read_block(void *tensor, int8_t dtype, int64_t first, int n
     return room;
 }
 
-/* Return elements of a gradient as float32, with 0 for those whose square is not finite; if there are any of these,
- * `*bad` becomes NaN. */
-static inline const float *read_gradient(const void *tensor, int8_t dtype, int64_t first, int n, float *restrict room,
-                                         double *bad) {
-    const uint32_t two_to_64 = 191u << 23; /* the square of the next smaller number is finite */
-    const float *g = read_block((void *)tensor, dtype, first, n, room);
-    uint32_t largest = 0;
-    for (int i = 0; i < n; i++) {
-        uint32_t magnitude = bits_of(g[i]) & 0x7fffffffu;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    if (largest < two_to_64) return g;
-    *bad = NAN;
-    for (int i = 0; i < n; i++) room[i] = (bits_of(g[i]) & 0x7fffffffu) < two_to_64 ? g[i] : 0;
-    return room;
-}
-
-/* Put a block that was changed back where `read_block` had it from, rounded to nearest. */
+/* Write float32 elements, rounded to nearest; to where `read_block` returned them in place, nothing is to be done. */
 static inline void write_block(void *tensor, int8_t dtype, int64_t first, int n, const float *restrict block) {
     if (dtype == FLOAT32) {
         if ((float *)tensor + first != block) memcpy((float *)tensor + first, block, n * sizeof *block);
@@ -115,24 +97,6 @@ static inline void write_block(void *tensor, int8_t dtype, int64_t first, int n,
         for (int i = 0; i < n; i++) narrow[i] = to_bfloat16(block[i]);
     else
         for (int i = 0; i < n; i++) narrow[i] = to_float16(block[i]);
-}
-
-/* The same for a block of the state, which bfloat16 rounds by chance; the block becomes what was written. */
-static inline void write_state(void *tensor, int8_t dtype, int64_t first, int n, float *restrict block, uint32_t seed,
-                               struct origin origin) {
-    if (dtype != BFLOAT16) {
-        write_block(tensor, dtype, first, n, block);
-        return;
-    }
-    uint16_t *restrict narrow = (uint16_t *)tensor + first;
-    const int64_t run = origin.skip ? origin.run : INT64_MAX; /* elements that lie together in the whole layer */
-    for (int begin = 0, end; begin < n; begin = end) {
-        const int64_t position = first + begin, left = run - position % run;
-        end = left < n - begin ? begin + (int)left : n;
-        const uint32_t start = (uint32_t)(origin.start + first + position / run * origin.skip) + seed;
-        for (int i = begin; i < end; i++) narrow[i] = to_bfloat16_stochastically(block[i], mix(start + (uint32_t)i));
-    }
-    for (int i = 0; i < n; i++) block[i] = from_bfloat16(narrow[i]);
 }
 
 #endif
