@@ -8,7 +8,10 @@ from typing import Any
 import small_training
 import torch.distributed as dist
 from ranks import Collectives, on_ranks
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 CASES: dict[str, dict[str, Any]] = {
     "ddp": {"sharding": "ddp"},
@@ -44,9 +47,37 @@ def whole(x: Any) -> Any:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def tensor_parallel(with_fsdp: bool) -> dict[str, Any]:
+    """Three clipped steps of a block under tensor and sequence parallelism, alone or below FSDP2."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    block = small_training.Block()
+    plan = {
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    }
+    parallelize_module(block, mesh["tensor"], plan)
+    if with_fsdp:
+        fully_shard(block, mesh=mesh["data"])
+        block.set_gradient_divide_factor(1.0)
+        block.set_force_sum_reduction_for_comms(True)
+
+    def forward(x: Any) -> Any:  # the ranks that share a copy take the same samples, and each a piece of the sequence
+        mine = x.chunk(2)[mesh.get_local_rank("data")] if with_fsdp else x
+        return block(mine.chunk(2, dim=1)[mesh.get_local_rank("tensor")]).full_tensor()
+
+    with Collectives() as counted:
+        norms = small_training.clipped_steps(block, forward)
+    weights = {name: whole(x.detach()) for name, x in block.named_parameters()}
+    return {"norms": norms, "weights": weights, "collectives": dict(counted.counts)}
+
+
 def body(rank: int) -> dict[str, Any]:
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size() // 2)  # two machines
-    return {case: train(**settings) for case, settings in CASES.items()}
+    results = {case: train(**settings) for case, settings in CASES.items()}
+    results["tensor parallel"] = tensor_parallel(with_fsdp=False)
+    results["tensor parallel and fsdp"] = tensor_parallel(with_fsdp=True)
+    return results
 
 
 if __name__ == "__main__":

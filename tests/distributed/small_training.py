@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from largebatch import LAMB, schedules
 from largebatch.train import Engine, GlobalBatch, Stage, distributed
+from largebatch.train.engine import _scale_gradients as scale_gradients
+from largebatch.train.engine import global_grad_norm
 
 BATCH, STEPS = 16, 6
 
@@ -62,3 +64,35 @@ def engine(sharding: str = "ddp", micro_batch_size: int = 2, compression: str = 
     stages = [Stage("only", STEPS, BATCH, schedules.PolynomialDecay(0.1, STEPS, 2))]
     optimizer = LAMB(model.named_parameters(), lr=1.0)
     return Engine(model, optimizer, stages, batches(micro_batch_size), loss, max_grad_norm=0.2, compression=compression)
+
+
+class Block(nn.Module):
+    """What tensor parallelism cuts: a norm, a layer by its outputs, a layer by its inputs; FSDP2 then cuts 5 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(6)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6)
+        with torch.no_grad():
+            self.up.weight[:3] *= 20  # no shard is like another
+            self.down.weight[:, :3] *= 20
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.norm(x))))
+
+
+def clipped_steps(block: nn.Module, forward: Any) -> list[float]:
+    """Take steps with clipping on one batch, [4, 8, 6], and return the gradients' norms."""
+    optimizer = LAMB(block.named_parameters(), lr=0.05)
+    x = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(1))
+    norms = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        forward(x).square().sum().backward()
+        norm = global_grad_norm(block)
+        scale_gradients(block, 0.1 / norm)
+        norms.append(float(norm))
+        optimizer.step()
+    return norms

@@ -72,3 +72,16 @@ def test_compressed_gradients_are_close_and_not_equal(ranks: Any, alone: Any, sh
     """bfloat16 has 8 bits: the norm of many elements is off by less than one rounding, 2^-9, and by more than none."""
     difference = [abs(a / b - 1) for a, b in zip(ranks[0][f"{sharding} in bf16"]["norms"], alone["norms"], strict=True)]
     assert 1e-5 < max(difference) < 2**-9
+
+
+@pytest.mark.parametrize("name", ["tensor parallel", "tensor parallel and fsdp"])
+def test_clipping_and_steps_under_tensor_parallelism(ranks: Any, name: str) -> None:
+    """Forward, backward, clipping and steps of a block whose layers are cut by row, by column and not at all."""
+    block = small_training.Block()
+    norms = small_training.clipped_steps(block, block)
+    for result in (result[name] for result in ranks):
+        assert result["norms"] == pytest.approx(norms, rel=RTOL)
+        for key, x in block.named_parameters():
+            x = x.detach()
+            assert float((result["weights"][key] - x).abs().max() / x.abs().max()) < RTOL, key
+            assert torch.equal(result["weights"][key], ranks[0][name]["weights"][key])

@@ -17,13 +17,17 @@ import torch
 import whole_runs
 from whole_runs import final_weights, metrics, settings
 
+import largebatch
 from largebatch.experiments.config import override
 from largebatch.experiments.recipes import get
 from largebatch.experiments.runner import build_workload
 from largebatch.experiments.transfer import export_to_hf
 from largebatch.train import distributed
 
+QUESTIONS = Path(largebatch.__file__).parent / "assets" / "squad_extract" / "train.json"
 PROGRAM = Path(__file__).with_name("whole_runs.py")
+
+pytestmark = pytest.mark.timeout(600)  # seconds; under half a minute on two idle cores
 
 # 50 steps of a float32 network, each off by some 1e-7 in a sum taken in another order, and LAMB's division by a root
 # of the mean square, which is as large as the gradient at first.
@@ -35,7 +39,7 @@ NAMES = ["2, fsdp", "4, ddp", "4, ddp, then 1", "4, ddp, then 2, fsdp", "2, fsdp
 def on_ranks(cases: list[dict[str, Any]], folder: Path) -> None:
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
     command = [sys.executable, str(PROGRAM), str(folder), json.dumps(cases, default=str)]
-    finished = subprocess.run(command, env=environment, timeout=280, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=environment, timeout=560, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-4000:]
 
 
@@ -94,6 +98,24 @@ def test_the_number_of_ranks_does_not_change_the_run(many: dict[str, Path], alon
     assert weights.keys() == expected.keys()
     for key, x in expected.items():  # the biases of the keys have no gradient but rounding
         assert float((weights[key] - x).abs().max() / x.abs().max()) < 1e-3 or key.endswith("key.bias"), key
+
+
+def test_fine_tuning_is_the_same_run_too(alone: Path, tmp_path: Path) -> None:
+    """From a run's checkpoint, with its dropout; a batch's windows are dealt to the ranks by length."""
+    content = json.loads(QUESTIONS.read_text())
+    content["data"] = [{**content["data"][0], "paragraphs": content["data"][0]["paragraphs"][:3]}]
+    questions = tmp_path / "questions.json"
+    questions.write_text(json.dumps(content))
+    chosen = [f"init={alone}", f"data.train={questions}", f"data.test={questions}", "device=cpu", "timeout_s=60"]
+    chosen += ["stages.0.batch_size=8", "stages.0.steps=6", "stages.0.micro_batch_size=4", "optim.lr=1e-3"]
+    whole_runs.train(tmp_path / "one", chosen, recipe="squad-demo")
+    case = {"ranks": 2, "out": tmp_path / "two", "settings": [*chosen, "sharding=fsdp"], "recipe": "squad-demo"}
+    on_ranks([case], tmp_path / "ranks")
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=RTOL)
+    assert losses[0][0] > losses[0][-1]
+    scores = [metrics(tmp_path / name, "eval")[-1]["f1"] for name in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 
 def test_torch_s_own_dropout_would_be_seen(corpus: Path, tmp_path: Path) -> None:

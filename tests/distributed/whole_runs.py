@@ -1,6 +1,6 @@
 """A small BERT pre-training run with dropout, and what it left: on one process by import, on many by running this file.
 
-Usage: whole_runs.py FOLDER CASES; the cases are a JSON list of {"ranks", "out", "settings", "resume"}.
+Usage: whole_runs.py FOLDER CASES; the cases are a JSON list of {"ranks", "out", "settings", "resume", "recipe"}.
 """
 
 import json
@@ -38,8 +38,8 @@ def settings(corpus: Path, *more: str) -> list[str]:
     return [*SETTINGS, f"data.path={corpus}", *more]
 
 
-def train(out: Path, chosen: list[str], resume: bool = False) -> None:
-    run(override(get("bert-tiny"), chosen), out, resume=resume)
+def train(out: Path, chosen: list[str], resume: bool = False, recipe: str = "bert-tiny") -> None:
+    run(override(get(recipe), chosen), out, resume=resume)
 
 
 def metrics(out: Path, event: str = "step") -> list[dict[str, Any]]:
@@ -60,5 +60,5 @@ if __name__ == "__main__":
     os.environ["LOCAL_WORLD_SIZE"] = "2"  # four ranks are two machines
     folder = Path(sys.argv[1])
     for number, case in enumerate(json.loads(sys.argv[2])):
-        arguments = (Path(case["out"]), case["settings"], case.get("resume", False))
-        on_ranks(case["ranks"], lambda rank, arguments=arguments: train(*arguments), folder / str(number), 120)
+        arguments = (Path(case["out"]), case["settings"], case.get("resume", False), case.get("recipe", "bert-tiny"))
+        on_ranks(case["ranks"], lambda rank, arguments=arguments: train(*arguments), folder / str(number), 240)

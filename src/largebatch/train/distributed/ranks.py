@@ -36,9 +36,10 @@ def initialize(device: str, timeout_s: float = 600) -> torch.device:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             store = _store_of_this_start(number, size, timeout)
-            dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
+            where = {"store": store, "rank": number, "world_size": size}
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            where = {}
+        dist.init_process_group(backend, timeout=timeout, device_id=chosen if use_cuda else None, **where)
     return chosen
 
 
