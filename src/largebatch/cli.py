@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--heldout", type=float, default=0.01, help="share of documents held out (default: %(default)s)"
     )
     prepare.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    prepare.add_argument(
+        "--part", metavar="K/N", help="do the K-th of N shares, beside others; without it, put them together"
+    )
     prepare.set_defaults(command=_prepare)
 
     train = commands.add_parser("train", help="train any recipe into a run directory; the same under torchrun")

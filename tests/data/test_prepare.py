@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import largebatch.data.prepare  # noqa: F401  (the module, behind the function of that name)
-from largebatch.data import Corpus, Manifest, prepare, render_report
+from largebatch.data import Corpus, Manifest, prepare, prepare_part, render_report
 from largebatch.data.sentences import split_sentences
 from largebatch.data.wordpiece import plain_tokenizer
 from largebatch.errors import UserError
@@ -429,3 +429,48 @@ def test_two_runs_do_not_work_on_the_same_corpus(tmp_path, vocab) -> None:
     source = write_text(tmp_path / "a.txt", DOCUMENTS)
     with Workspace(tmp_path / "out"), pytest.raises(UserError, match="another run is preparing this corpus"):
         prepare([source], tmp_path / "out", vocab=vocab)
+
+
+def test_parts_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By three parts of which one ran twice, one of the vocabulary's size, and one that never ran."""
+    monkeypatch.setattr("largebatch.data.blocks.BLOCK_BYTES", 200)
+    text = write_text(tmp_path / "in.txt", DOCUMENTS)
+    settings = {"vocab_size": 300, "progress": False}
+    prepare([text], tmp_path / "whole", **settings)
+    counts = [prepare_part([text], tmp_path / "parts", (k, 4), **settings) for k in (3, 1, 3, 4)]
+    assert counts[0] == counts[2]
+    assert min(counts) >= 2
+    assert not (tmp_path / "parts").exists()
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("parts.partial/blocks-*/*")}
+    assert len(made) == counts[0] + counts[1] + counts[3]
+    prepare([text], tmp_path / "parts", **settings)
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+    assert not (tmp_path / "parts.partial").exists()
+    assert prepare_part([text], tmp_path / "parts", (1, 4), **settings) == 0
+    assert not (tmp_path / "parts.partial").exists()
+
+
+def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    from largebatch.data.workspace import Workspace
+
+    text = write_text(tmp_path / "in.txt", DOCUMENTS)
+    settings = {"vocab_size": 300, "progress": False}
+    prepare_part([text], tmp_path / "out", (1, 2), **settings)
+    before = digests(tmp_path / "out.partial")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    with pytest.raises(UserError, match=r"bad\.jsonl"):
+        prepare_part([bad], tmp_path / "out", (2, 2), **settings)
+    assert before.items() <= digests(tmp_path / "out.partial").items()
+    with Workspace(tmp_path / "out", (1, 2)), Workspace(tmp_path / "out", (2, 2)):
+        for part in (None, (2, 2)):
+            with pytest.raises(UserError, match="another run"), Workspace(tmp_path / "out", part):
+                pass
+
+
+@pytest.mark.parametrize("part", [(0, 2), (3, 2)])
+def test_a_part_that_is_none(part: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"part ./2: give k/n with 1 <= k <= n"):
+        prepare_part([tmp_path], tmp_path / "out", part)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'vocabulary'"):
+        prepare_part([tmp_path], tmp_path / "out", (1, 2), vocabulary=3)

@@ -35,16 +35,21 @@ def tokenise_blocks(
     text_field: str,
     workers: int,
     stage: Stage,
+    part: tuple[int, int] | None = None,
 ) -> list[Path]:
     """Make the token block of every block that has none yet in `directory`; the paths of all, in input order.
 
     This process reads and cuts, `workers` others do the rest (with 1, this one does). At most `workers` + 2 blocks
-    are under way at a time, so memory does not grow with the input. A block is named by its number and content.
+    are under way at a time, so memory does not grow with the input. A block is named by its number and content. Of the
+    k-th of n parts, blocks k, k + n, k + 2n, ... are made and returned.
     """
     paths: list[Path] = []
 
     def unfinished() -> Iterator[tuple[Block, Path]]:
+        first, every = (part[0] - 1, part[1]) if part else (0, 1)
         for number, block in enumerate(read_blocks(sources, text_field, stage.advance)):
+            if number % every != first:
+                continue
             crc = 0
             for piece in block:
                 crc = piece.crc32(crc)

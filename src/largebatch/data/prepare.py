@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,61 @@ def prepare(
     Raises:
         UserError: bad input or a directory in the way; nothing is left at `out`.
     """
+    settings = {name: value for name, value in locals().items() if name not in ("inputs", "out")}
+    manifest = _prepare(inputs, Path(out), None, **settings)
+    assert isinstance(manifest, Manifest)
+    return manifest
+
+
+def prepare_part(inputs: Sequence[str | Path], out: str | Path, part: tuple[int, int], **settings: Any) -> int:
+    """Do the k-th of n shares of the tokenising that `prepare` would do; `prepare` itself then only puts them together.
+
+    The shares may be done at once, by processes or machines that see the same ``<out>.partial``; on machines that do
+    not, copy what is in it together afterwards. Blocks are dealt in turn, so shares are of like size. The vocabulary is
+    trained by each part that finds none; give `vocab`, or let one part run ahead, to save the time. The bytes of the
+    corpus are those that `prepare` would have written alone.
+
+    Args:
+        inputs, out: as for `prepare`.
+        part: (k, n), 1 <= k <= n.
+        settings: as for `prepare`, the same for all parts and for the call of `prepare` that ends the work.
+
+    Returns:
+        The number of blocks of this part, those included that an earlier, interrupted run had done.
+
+    Raises:
+        UserError: bad input; the work of other parts is left alone.
+    """
+    k, n = part
+    if not 1 <= k <= n:
+        raise UserError(f"part {k}/{n}: give k/n with 1 <= k <= n")
+    defaults = {p.name: p.default for p in signature(prepare).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    unknown = settings.keys() - defaults.keys()
+    if unknown:
+        raise TypeError(f"prepare_part() got an unexpected keyword argument {min(unknown)!r}")
+    done = _prepare(inputs, Path(out), part, **(defaults | settings))
+    return done if isinstance(done, int) else 0
+
+
+def _prepare(
+    inputs: Sequence[str | Path],
+    out: Path,
+    part: tuple[int, int] | None,
+    *,
+    vocab_size: int,
+    vocab: str | Path | None,
+    lowercase: bool,
+    text_field: str,
+    heldout: float,
+    drop_duplicates: bool,
+    seed: int,
+    workers: int | None,
+    progress: bool,
+    overwrite: bool,
+    vocab_sample_bytes: int,
+    shard_tokens: int,
+) -> Manifest | int:
+    """Do the whole work and return the manifest, or a part of it and return its number of blocks."""
     if not 0 <= heldout < 1:
         raise UserError(f"the held-out share must lie in [0, 1), got {heldout}")
     if workers is not None and workers < 1:
@@ -114,7 +170,7 @@ def prepare(
             return train_vocabulary(sample, vocab_size, lowercase)
 
     try:
-        with progress_bar(progress) as bar, Workspace(Path(out)) as workspace:
+        with progress_bar(progress) as bar, Workspace(out, part) as workspace:
             described = _describe(sources, bar)
             if (existing := workspace.existing(settings, described, overwrite)) is not None:
                 return existing
@@ -123,7 +179,9 @@ def prepare(
             blocks = workspace.start_blocks({"settings": settings, "vocabulary": vocabulary.tokens})
             num_workers = _num_workers(workers, sources)
             with bar.stage("tokenising", sum(map(_file_bytes, sources)) or None) as stage:
-                paths = tokenise_blocks(sources, blocks, vocabulary, lowercase, text_field, num_workers, stage)
+                paths = tokenise_blocks(sources, blocks, vocabulary, lowercase, text_field, num_workers, stage, part)
+            if part is not None:
+                return len(paths)
             with bar.stage("writing", len(paths)) as stage:
                 manifest = assemble(paths, workspace.start_result(), vocabulary, settings, described, stage)
             workspace.publish()

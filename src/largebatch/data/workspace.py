@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 from largebatch.errors import UserError
 
@@ -20,10 +21,13 @@ class Workspace:
 
     Args:
         out: the directory that will hold the corpus.
+        part: (k, n) of a run that does a part beside others, None for one that ends the work. Parts share the
+            directory with each other, and clear nothing away.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, part: tuple[int, int] | None = None) -> None:
         self._out = out
+        self._part = part
         self.directory = out.with_name(out.name + ".partial")
         self._result = self.directory / "corpus"
         self._replace = False
@@ -40,24 +44,32 @@ class Workspace:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.directory}: cannot be made: {error.strerror}") from None
-        self._lock = (self.directory / "lock").open("w")
+        self._locks = [(self.directory / "lock").open("w")]
+        if self._part is not None:
+            self._locks.append((self.directory / "lock-{}-of-{}".format(*self._part)).open("w"))
         try:
             import fcntl
 
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shared = fcntl.LOCK_EX if self._part is None else fcntl.LOCK_SH
+            for lock, kind in zip(self._locks, (shared, fcntl.LOCK_EX), strict=False):
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except ImportError:  # no such locks on this system
             pass
         except OSError:
-            self._lock.close()
+            self._unlock()
             raise UserError(f"{self._out}: another run is preparing this corpus right now; wait for it") from None
         return self
+
+    def _unlock(self) -> None:
+        for lock in self._locks:
+            lock.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._done or isinstance(error, UserError):
+        if self._done or (self._part is None and isinstance(error, UserError)):
             shutil.rmtree(self.directory, ignore_errors=True)
-        self._lock.close()
+        self._unlock()
 
     def existing(self, settings: dict[str, Any], inputs: list[dict[str, Any]], overwrite: bool) -> Manifest | None:
         """The manifest of the corpus at `out` if it is the one asked for, None if there is none.
@@ -93,7 +105,7 @@ class Workspace:
         if path.is_file():
             return Vocabulary.read(path)
         vocabulary = make()
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{uuid4().hex}.tmp")  # parts may write it at once
         temporary.write_text("".join(token + "\n" for token in vocabulary.tokens), encoding="utf-8")
         temporary.replace(path)
         return vocabulary
@@ -101,7 +113,7 @@ class Workspace:
     def start_blocks(self, plan: dict[str, Any]) -> Path:
         """Make the directory of token blocks, or keep the one of an interrupted run of the same plan."""
         blocks = self.directory / f"blocks-{_fingerprint(plan)}"
-        for other in self.directory.glob("blocks-*"):
+        for other in self.directory.glob("blocks-*") if self._part is None else ():
             if other != blocks:
                 shutil.rmtree(other)
         blocks.mkdir(exist_ok=True)
