@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import Collectives, on_ranks
-from skewed import OPTIMIZERS, STEPS, Layers, build, gradient
+from skewed import OPTIMIZERS, STEPS, Layers, break_gradient, build, gradient
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -65,16 +65,20 @@ SHARDINGS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def give_gradients(model: nn.Module, step: int) -> None:
+def give_gradients(model: nn.Module, step: int, broken: bool = False) -> None:
     """Give each rank its shard of each gradient."""
     for name, x in model.named_parameters():
-        whole = DTensor.from_local(gradient(name, x.shape, step), x.device_mesh, [Replicate()] * x.device_mesh.ndim)
+        value = gradient(name, x.shape, step)
+        value = break_gradient(name, value, step) if broken else value
+        whole = DTensor.from_local(value, x.device_mesh, [Replicate()] * x.device_mesh.ndim)
         x.grad = whole.redistribute(placements=x.placements)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS) -> dict[str, Any]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS, broken: bool = False
+) -> dict[str, Any]:
     for step in range(steps):
-        give_gradients(model, step)
+        give_gradients(model, step, broken)
         optimizer.step()
     params = dict(model.named_parameters())
     return {
@@ -216,6 +220,9 @@ def on_few(rank: int) -> dict[str, Any]:
         if name not in ("lamb-bf16-state", "layerwise"):
             results[f"zero_redundancy/{name}"] = zero_redundancy(name)
     if many:
+        for name in ("lamb", "lamb-linf", "lamb-reference"):
+            model = fsdp()
+            results[f"broken/{name}"] = train(model, build(name, list(model.parameters())), broken=True)
         results["naive"] = naive(fsdp())
         results["partial_gradients"] = partial_gradients()
         results["collectives"] = {

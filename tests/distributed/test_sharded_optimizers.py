@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from skewed import OPTIMIZERS, STEPS, Layers, build, gradient
+from skewed import OPTIMIZERS, STEPS, Layers, break_gradient, build, gradient
 
 PROGRAM = Path(__file__).with_name("optimizer_ranks.py")
 
@@ -42,7 +42,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def alone(name: str) -> dict[str, Any]:
+def alone(name: str, broken: bool = False) -> dict[str, Any]:
     """Train in this process."""
     model = Layers()
     params = dict(model.named_parameters())
@@ -50,6 +50,7 @@ def alone(name: str) -> dict[str, Any]:
     for step in range(STEPS):
         for key, x in params.items():
             x.grad = gradient(key, x.shape, step)
+            x.grad = break_gradient(key, x.grad, step) if broken else x.grad
         optimizer.step()
     ratios = dict(zip(params, optimizer.trust_ratios().values(), strict=True))
     return {
@@ -105,6 +106,18 @@ def test_the_norm_of_a_shard_would_be_seen(ranks: Any) -> None:
     assert "embedding" in wrong
     ratio = float(result["ratios"]["embedding"] / alone("lamb")["ratios"]["embedding"])
     assert ratio > 3
+
+
+@pytest.mark.parametrize("name", ["lamb", "lamb-linf", "lamb-reference"])
+def test_a_broken_gradient_on_one_rank_holds_the_layer_on_all(ranks: Any, name: str) -> None:
+    expected = alone(name, broken=True)["params"]
+    assert all(x.isfinite().all() for x in expected.values())
+    assert largest_difference(expected, alone(name)["params"]) > 1e-3  # the companion
+    for result in ranks(4):
+        assert largest_difference(result[f"broken/{name}"]["params"], expected) < RTOL
+        assert torch.equal(
+            result[f"broken/{name}"]["params"]["embedding"], ranks(4)[0][f"broken/{name}"]["params"]["embedding"]
+        )
 
 
 def test_gradients_that_are_still_to_be_summed(ranks: Any) -> None:

@@ -99,7 +99,10 @@ def combine(local: Tensor, cuts: Sequence["Cut"], norm: str) -> Tensor:
         columns = list(local.unbind(-1))
         meeting = [i for i, cut in enumerate(cuts) if (group, device_type) in cut]
         numbers = torch.stack([columns[i] for i in meeting]).to(device_type)  # elsewhere only if FSDP2 offloads to CPU
-        all_reduce(numbers, "max" if norm == "linf" else "sum", group)
+        if norm == "linf":  # a maximum over processes may lose a NaN
+            all_reduce(numbers.nan_to_num_(torch.inf), "max", group)
+        else:
+            all_reduce(numbers, "sum", group)
         for i, whole in zip(meeting, numbers.to(local.device), strict=True):
             columns[i] = whole
         local = torch.stack(columns, -1)
