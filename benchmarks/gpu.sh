@@ -12,5 +12,5 @@ if "$PYTHON" -c 'import pytest' 2>/dev/null; then
 else
     echo "pytest is not installed: the GPU tests did not run"
 fi
-"$PYTHON" -m benchmarks --device cuda ${OUT:+--out "$OUT/gpu.json"} || status=$?
+"$PYTHON" -m benchmarks --device cuda ${OUT:+--out "$OUT"} || status=$?
 exit "$status"

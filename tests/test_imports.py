@@ -29,7 +29,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "evaluate": ({"train", "models", "data"}, {"torch", "numpy", "tokenizers"}),
     "experiments": (EVERYTHING - {"report"}, {"torch", "numpy", "tokenizers", "safetensors", "rich"}),
     "report": (set(), {"matplotlib"}),
-    "cli": (EVERYTHING | {"experiments"}, {"rich"}),
+    "bench": (EVERYTHING | {"experiments", "__init__"}, {"torch", "numpy", "matplotlib", "tokenizers", "transformers"}),
+    "cli": (EVERYTHING | {"experiments", "bench"}, {"rich"}),
     "__main__": ({"cli"}, set()),
     "__init__": ({"schedules", "scaling", "optim"}, set()),
 }

@@ -125,6 +125,25 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     report.add_argument("--out", type=Path, help="folder for the report (default: report/ in the first run)")
     report.set_defaults(command=_report)
+    bench = commands.add_parser("bench", help="time an optimizer step, BERT or the data path beside installed peers")
+    bench.add_argument("what", choices=["optim", "bert", "data"], help="what to time")
+    bench.add_argument("models", nargs="*", help="optim: bert-base ..., resnet-50, 2000x1000; bert: tiny ... large")
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (default: %(default)s)")
+    bench.add_argument("--rounds", type=int, help="rounds that count (default: 20, 10 and 3)")
+    bench.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    bench.add_argument(
+        "--allocator", choices=["tuned", "default"], default="tuned", help="optim: glibc's (%(default)s)"
+    )
+    bench.add_argument("--compiled", action="store_true", help="optim: also a compiled peer; its first step takes long")
+    bench.add_argument("--only", default="", metavar="TEXT", help="optim: only those whose name holds this")
+    bench.add_argument("--plot", type=Path, help="optim: a PNG to draw")
+    bench.add_argument("--lengths", type=int, action="append", help="bert: a sequence length; may be given again")
+    bench.add_argument("--sequences", type=int, default=64, help="bert: sequences of a step (default: %(default)s)")
+    bench.add_argument("--micro-batch", type=int, default=32, help="bert: of them at a time (default: %(default)s)")
+    bench.add_argument("--text", type=Path, help="data: a plain text file (default: the shipped one)")
+    bench.add_argument("--vocab", type=Path, help="data: a vocab.txt (default: 8,192 pieces, trained first)")
+    bench.add_argument("--out", type=Path, help="a JSON file for the figures")
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -195,6 +214,12 @@ def _report(options: argparse.Namespace) -> int:
     from largebatch.experiments.commands import report
 
     return report(options)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from largebatch.bench.command import bench
+
+    return bench(options)
 
 
 if __name__ == "__main__":

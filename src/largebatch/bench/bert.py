@@ -1,0 +1,178 @@
+"""`largebatch bench bert`: forward and backward of BERT on real text, against transformers' model as a user gets it."""
+
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import largebatch
+from largebatch.data import Corpus, PretrainingInstances, prepare
+from largebatch.experiments.pretraining import as_micro_batch
+from largebatch.models import BertConfig, BertForPreTraining, pretraining_loss, training_flops
+from largebatch.train import hardware
+
+from .timing import Work, set_allocator
+
+TEXT = Path(largebatch.__file__).parent / "assets" / "demo_corpus"
+MicroBatches = list[dict[str, torch.Tensor]]
+
+
+@contextmanager
+def shipped_corpus() -> Iterator[Corpus]:
+    """Prepare the text that the package ships, with a vocabulary of 8,192 of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare([TEXT], Path(folder) / "corpus", vocab_size=8192, progress=False)
+        yield Corpus.open(Path(folder) / "corpus")
+
+
+def bench_bert(
+    sizes: Sequence[str],
+    lengths: Sequence[int],
+    device: torch.device,
+    *,
+    rounds: int = 10,
+    sequences: int = 64,
+    micro_batch: int = 32,
+    corpus: Corpus | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Time ours and transformers' model, in turn, on the same sequences: masked words, next sentences, dropout 0.1.
+
+    Ours runs as the training command runs it: on real tokens alone, the vocabulary's logits at masked positions, the
+    tuned allocator. Theirs is `BertForPreTraining` from its own configuration with its own padding, under the allocator
+    as it comes and under the tuned one. Both under bfloat16 autocast where the device has units for it. Both models
+    have the published vocabulary of 30,522, whatever the text's.
+
+    Returns:
+        A row for each size, length and contender: real tokens/s, their ratio to theirs in the same rounds, and MFU on
+        non-padding FLOPs (`training_flops`) against a measured matrix product.
+    """
+    if corpus is None:
+        with shipped_corpus() as shipped:
+            return bench_bert(
+                sizes,
+                lengths,
+                device,
+                rounds=rounds,
+                sequences=sequences,
+                micro_batch=micro_batch,
+                corpus=shipped,
+                say=say,
+            )
+    rows = []
+    fast_bf16 = hardware.bf16_is_fast(device)
+    dtype = torch.bfloat16 if fast_bf16 else torch.float32
+    peak = hardware.matmul_flops_per_s(device, dtype)
+    for length in lengths:
+        instances = PretrainingInstances(corpus.split("train"), length, seed=0)
+        chosen = np.arange(sequences) % instances.num_instances(0)
+        arrays = [instances.batch(0, chosen[i : i + micro_batch]) for i in range(0, sequences, micro_batch)]
+        batches = [{k: v.to(device) for k, v in as_micro_batch(each).items()} for each in arrays]
+        tokens = sum(int(each["lengths"].sum()) for each in arrays)
+        for size in sizes:
+            config = BertConfig.named(size)
+            flops = sum(
+                training_flops(config, each["lengths"], len(each["masked_labels"]), whole_layers=False)
+                for each in arrays
+            )
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16)
+            own = _ours(config, batches, sequences, autocast, device)
+            contenders: dict[str, tuple[Work, bool]] = {"largebatch": (own, True)}
+            if importlib.util.find_spec("transformers"):
+                theirs = _transformers(config, batches, autocast, device)
+                contenders["transformers"] = (theirs, False)
+                contenders["transformers, tuned allocator"] = (theirs, True)
+            else:
+                say("transformers: not installed")
+            times = _in_turn(contenders, device, rounds)
+            for name in contenders:
+                seconds = statistics.median(times[name])
+                ratio = statistics.median(a / b for a, b in zip(times[name], times["largebatch"], strict=True))
+                rows.append(
+                    {
+                        "benchmark": "bert, forward and backward",
+                        "model": f"bert-{size}",
+                        "length": length,
+                        "sequences": sequences,
+                        "micro_batch": micro_batch,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "name": name,
+                        "ms": 1e3 * seconds,
+                        "tokens_per_s": tokens / seconds,
+                        "largebatch_is_faster_by": ratio,
+                        "mfu": flops / seconds / peak if name == "largebatch" else None,
+                    }
+                )
+    return rows
+
+
+def _in_turn(contenders: dict[str, tuple[Work, bool]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, (work, tuned) in contenders.items():
+            set_allocator(tuned)
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    set_allocator(True)
+    return {name: values[1:] for name, values in times.items()}
+
+
+def _ours(
+    config: BertConfig, batches: MicroBatches, sequences: int, autocast: torch.autocast, device: torch.device
+) -> Work:
+    model = BertForPreTraining(config).to(device).train()
+    masked = sum(len(batch["masked_labels"]) for batch in batches)
+    totals = {"masked": torch.tensor(masked, device=device), "sequences": torch.tensor(sequences, device=device)}
+    first = 0
+    for batch in batches:
+        count = len(batch["input_ids"])
+        batch["dropout_keys"] = torch.arange(first, first + count, device=device)
+        first += count
+
+    def run() -> None:
+        for batch in batches:
+            with autocast:
+                loss, _ = pretraining_loss(model, batch, totals)
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def _transformers(config: BertConfig, batches: MicroBatches, autocast: torch.autocast, device: torch.device) -> Work:
+    import transformers
+
+    their_config = transformers.BertConfig(**{k: v for k, v in config.to_hf().items() if k != "architectures"})
+    model = transformers.BertForPreTraining(their_config).to(device).train()
+    theirs = []
+    for batch in batches:
+        labels = torch.full_like(batch["input_ids"], -100)
+        labels.view(-1)[batch["masked_positions"]] = batch["masked_labels"]
+        theirs.append(
+            {
+                "input_ids": batch["input_ids"],
+                "token_type_ids": batch["token_type_ids"],
+                "attention_mask": batch["attention_mask"].long(),
+                "labels": labels,
+                "next_sentence_label": batch["next_sentence_labels"],
+            }
+        )
+
+    def run() -> None:
+        for batch in theirs:
+            with autocast:
+                loss = model(**batch).loss
+            (loss / len(theirs)).backward()
+        model.zero_grad(set_to_none=True)
+
+    return run

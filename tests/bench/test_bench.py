@@ -1,0 +1,86 @@
+"""The benchmarks measure what they say: the models' shapes, ratios to the unit, and figures that can be read again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from largebatch.bench import optim, peers, timing
+from largebatch.cli import main
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "millions"),
+    [("bert-base", 206, 110.1), ("bert-large", 398, 336.2), ("resnet-50", 161, 25.6), ("2000x1000", 2000, 2.0)],
+)
+def test_the_shapes_are_the_models(model: str, tensors: int, millions: float) -> None:
+    shapes = peers.shapes_of(model)
+    assert len(shapes) == tensors
+    assert sum(torch.Size(shape).numel() for shape in shapes) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "shapes_of", lambda model: [(40, 30), (7,)])
+    monkeypatch.setattr(timing, "copy_bytes_per_s", lambda device: 1e10)
+    monkeypatch.setattr(optim, "copy_bytes_per_s", lambda device: 1e10)
+
+
+def test_every_contender_is_beside_the_unit(small: None, tmp_path: Path) -> None:
+    said: list[str] = []
+    rows = optim.bench_optim(["bert-base"], CPU, rounds=2, say=said.append)
+    named = {row["name"]: row for row in rows}
+    assert rows[0]["name"] == peers.UNIT
+    assert {"largebatch LAMB", "largebatch LARS", "torch AdamW foreach"} <= named.keys()
+    for row in rows:
+        assert row["ratio"] > 0
+        assert row["parameters"] == 1207
+    assert len(named) + len(said) == len(peers.contenders(CPU, compiled=False))
+    assert all("not installed" in line for line in said)
+    optim.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    timing.write_figures(tmp_path / "new" / "figures.json", rows, CPU)
+    assert json.loads((tmp_path / "new" / "figures.json").read_text())["figures"] == rows
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    seconds = timing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, 3, warm_up=1)
+    assert order == ["a", "b"] * 4
+    assert seconds.keys() == {"a", "b"}
+
+
+def test_memory_that_a_step_takes_is_seen() -> None:
+    grown = timing.peak_extra_bytes(lambda: torch.ones(1 << 24).sum(), CPU)
+    if grown is None:
+        pytest.skip("this system does not tell the peak of resident memory")
+    assert grown > 60e6
+
+
+def test_the_command(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "optim", "bert-base", "--rounds", "2", "--only", "LARS", "--out", str(tmp_path / "f.json")]
+    assert main(arguments) == 0
+    assert "largebatch LARS" in capsys.readouterr().out
+    assert [row["name"] for row in json.loads((tmp_path / "f.json").read_text())["figures"]] == [
+        peers.UNIT,
+        "largebatch LARS",
+    ]
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "optim", "gpt"]) == 2
+    assert "gpt: no such model here; choose among bert-mini" in capsys.readouterr().err
+    assert main(["bench", "data", "--text", str(tmp_path / "none.txt")]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bert_and_data(tmp_path: Path) -> None:
+    assert main(["bench", "bert", "tiny", "--rounds", "1", "--sequences", "4", "--out", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["figures"]
+    assert rows[0]["name"] == "largebatch"
+    assert 0 < rows[0]["mfu"] < 1
+    assert main(["bench", "data", "--rounds", "1"]) == 0
