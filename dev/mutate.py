@@ -31,10 +31,13 @@ Edit = Callable[[], None]
 
 def edits(tree: ast.Module) -> Iterator[tuple[ast.AST, str, Edit]]:
     """Yield every mutation of ``tree`` as the node it is at, what it does, and what does it to ``tree`` in place."""
+    annotations = [getattr(node, name, None) for node in ast.walk(tree) for name in ("annotation", "returns")]
+    silent = {id(part) for annotation in annotations if annotation is not None for part in ast.walk(annotation)}
     for node in ast.walk(tree):
-        yield from swaps(node)
-        yield from omissions(node)
-        yield from changes(node)
+        if id(node) not in silent:
+            yield from swaps(node)
+            yield from omissions(node)
+            yield from changes(node)
 
 
 def swaps(node: ast.AST) -> Iterator[tuple[ast.AST, str, Edit]]:

@@ -29,7 +29,19 @@ LAMB_DEFAULTS = {
     "ratio_bounds": None,
     "master_weights": False,
 }
-LARS_DEFAULTS = {"momentum": 0.9, "form": "paper", "norm": "l2", "adapt": True, "nesterov": False, "backend": "auto"}
+LARS_DEFAULTS = {
+    "momentum": 0.9,
+    "weight_decay": 0.01,
+    "form": "paper",
+    "trust_coefficient": 1.0,
+    "eps": 0.0,
+    "nesterov": False,
+    "phi": None,
+    "norm": "l2",
+    "adapt": True,
+    "backend": "auto",
+    "maximize": False,
+}
 
 
 def weight() -> torch.nn.Parameter:
@@ -55,8 +67,10 @@ def test_the_nesterov_variants_have_nadams(optimizer: type) -> None:
 
 
 def test_lars_defaults() -> None:
-    found = defaults(LARS)
-    assert {name: found[name] for name in LARS_DEFAULTS} == LARS_DEFAULTS
+    assert defaults(LARS) == LARS_DEFAULTS
+    group = LARS([weight()], lr=0.1).param_groups[0]
+    for name in group.keys() & LARS_DEFAULTS.keys():
+        assert group[name] == LARS_DEFAULTS[name]
 
 
 WRONG = [
