@@ -173,6 +173,7 @@ def test_a_bucket_joins_layers_and_stays_within_bounds() -> None:
         x.grad = torch.randn_like(x)
     optimizer = LAMB(params, backend="foreach")
     (gathered,) = optimizer._layers_by_device()
+    gathered.spread()
     made = list(foreach.buckets(gathered))
     assert [bucket.owners for bucket in made] == [[0, 1], [2], [2, 3]]
     assert [bucket.starts for bucket in made] == [[0, 0], [0], [256, 0]]

@@ -8,15 +8,17 @@ state.
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from itertools import chain, repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import norms
+from .checks import check_dense
 from .precision import WHOLE, Origin
 
 
@@ -25,7 +27,7 @@ class Layer:
     """What this process holds of one parameter that has a gradient, with all that one step of it takes.
 
     The tensors are plain ones, also where the parameter is distributed. A `LayerwiseOptimizer` keeps the layers from
-    step to step where it can; the fields below the line it sets anew each time.
+    step to step where it can; the fields below the line are set anew each time, by `Layers.spread`.
     """
 
     name: str | int
@@ -41,11 +43,45 @@ class Layer:
     ratio: norms.Ratio | None = field(init=False)  # shared by the group's layers; None if they do not adapt
 
 
+class Run(NamedTuple):
+    """What neighbouring layers share."""
+
+    hyper: Any
+    ratio: norms.Ratio | None
+    num_layers: int
+
+
+@dataclass(slots=True, eq=False)
+class Steps:
+    """Step counts: the same object from step to step until one of them is another."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    memo: Any = None  # as that of `Layers`
+
+
 class Layers(list[Layer]):
     """The layers of one step on one device: the same object from step to step until one of them is another."""
 
-    whole = True  # whether this process holds all of each
-    memo: Any = None  # what a backend derives from them, and wants to find again
+    def __init__(self, layers: Iterable[Layer] = ()) -> None:
+        super().__init__(layers)
+        self.whole = True  # whether this process holds all of each
+        self.memo: Any = None  # what a backend derives from them, and wants to find again
+        self.grads: list[Tensor] = []  # of this step
+        self.runs: list[Run] = []  # of this step: together they cover all layers
+
+    def spread(self) -> None:
+        """Give every layer its gradient and numbers of this step."""
+        check_dense(self.grads)
+        shared = chain.from_iterable(repeat(run, run.num_layers) for run in self.runs)
+        for layer, g, run in zip(self, self.grads, shared, strict=True):
+            layer.g, layer.hyper, layer.ratio = g, run.hyper, run.ratio
+
+    def release(self) -> None:
+        """Let go of the gradients, whose memory the next backward pass may want."""
+        if self.grads and hasattr(self[0], "g"):
+            for layer in self:
+                del layer.g
+        self.grads, self.runs = [], []
 
 
 class Backend:
@@ -53,15 +89,16 @@ class Backend:
 
     name: str
     compiles = True  # whether `torch.compile` can trace it
+    by_layer = True  # whether it reads the fields of each layer; else it reads `Layers.grads` and `Layers.runs`
 
     def refuses(self, rule: str, params: Sequence[Tensor]) -> str | None:
         """Say why this backend cannot move these parameters by this rule; None if it can."""
         return None
 
-    def count(self, steps: list[Tensor]) -> list[float]:
+    def count(self, steps: Steps) -> list[float]:
         """Add one to step counts that the host holds, and return what they have become."""
-        torch._foreach_add_(steps, 1)
-        times: list[float] = torch.stack(steps).tolist()
+        torch._foreach_add_(steps.tensors, 1)
+        times: list[float] = torch.stack(steps.tensors).tolist()
         return times
 
     def step(self, rule: str, layers: Layers, norm: str) -> Tensor | None:

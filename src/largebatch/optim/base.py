@@ -1,7 +1,6 @@
 """The step that all layerwise adaptive optimizers share: direction -> norms -> apply."""
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -49,9 +48,9 @@ class LayerwiseOptimizer(Optimizer):
         self.asked_backend = backend
         self.state_dtype = state_dtype
         self.master_weights = master_weights
-        # Of each device's layers: their names, and the vector of their ratios. A compiled step would lose an assignment
+        # Of each device: its layers, and the vector of their ratios. A compiled step would lose an assignment
         # to the attribute, so that what it assigns to is the list's one element.
-        self._ratios: list[list[tuple[list[str | int], Tensor]]] = [[]]
+        self._ratios: list[list[tuple[Layers, Tensor]]] = [[]]
         self._gathered: Gathered | None = None
         super().__init__(params, defaults)
 
@@ -66,24 +65,25 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        reported: list[tuple[list[str | int], Tensor]] = []
+        reported: list[tuple[Layers, Tensor]] = []
         for layers in self._layers_by_device():
-            reported.append(([layer.name for layer in layers], self._move(layers)))
+            reported.append((layers, self._move(layers)))
             if not torch.compiler.is_compiling():
-                for layer in layers:
-                    del layer.g  # whose memory the next backward pass may want
+                layers.release()
         self._ratios[0] = reported
         return loss
 
     def _move(self, layers: Layers) -> Tensor:
         """Move the layers of one device, and return their trust ratios."""
         backend = self._backend_now()
+        if backend.by_layer:
+            layers.spread()
         ratios = backend.step(self.rule, layers, self.norm) if layers.whole else None
         if ratios is not None:
             return ratios
         local, memory = backend.direction(self.rule, layers, self.norm)
         x_norms, u_norms = norms.combine(local, [layer.cut for layer in layers], self.norm).unbind()
-        ratios = norms.trust_ratios(x_norms, u_norms, [layer.ratio for layer in layers])
+        ratios = norms.trust_ratios(x_norms, u_norms, [run.ratio for run in layers.runs for _ in range(run.num_layers)])
         backend.apply(self.rule, layers, ratios, memory)
         for layer in layers:
             if layer.rounded is not None:
@@ -102,7 +102,11 @@ class LayerwiseOptimizer(Optimizer):
         nothing here waits for it. A layer that does not adapt has 1, and one that had to stay where it was (a gradient
         with inf or NaN) has NaN. Empty before the first step.
         """
-        return {name: r for names, ratios in self._ratios[0] for name, r in zip(names, ratios.unbind(), strict=True)}
+        return {
+            layer.name: ratio
+            for layers, ratios in self._ratios[0]
+            for layer, ratio in zip(layers, ratios.unbind(), strict=True)
+        }
 
     @property
     def backend(self) -> str:
@@ -118,16 +122,14 @@ class LayerwiseOptimizer(Optimizer):
     def _layers_by_device(self) -> list[Layers]:
         """Gather the parameters that have a gradient, their step counted, device by device."""
         grads = [x.grad for group in self.param_groups for x in group["params"]]
-        if any(map(attrgetter("is_sparse"), [g for g in grads if g is not None])):
-            raise ValueError(f"{type(self).__name__} does not take sparse gradients: make the embedding dense")
+        backend, gathered = self._backend_now(), self._gathered
         if torch.compiler.is_compiling():
             gathered = Gathered(self, grads)
-        elif self._gathered is not None and self._gathered.is_of(self, grads):
-            gathered = self._gathered
-        else:
+        elif gathered is None or not gathered.is_of(self, grads):
             self._choose_backend()  # the parameters may have moved to another device since they were given
-            gathered = self._gathered = Gathered(self, grads)
-        gathered.fill(self, grads, self._backend_now())
+            backend, gathered = self._backend, Gathered(self, grads)
+            self._gathered = gathered
+        gathered.fill(self, grads, backend)
         return list(gathered.by_device.values())
 
     def _hyper(self, group: dict[str, Any], t: Any) -> Any:

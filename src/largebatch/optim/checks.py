@@ -1,6 +1,7 @@
 """Settings out of range are refused by name, with the value and with what is accepted."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,12 @@ def check_common(group: dict[str, Any]) -> None:
 def check_phi(phi: Any) -> None:
     """Check φ."""
     check("phi", phi, phi is None or callable(phi) or is_interval(phi), "None, a pair (low, high), or a callable")
+
+
+def check_dense(grads: Iterable[Tensor | None]) -> None:
+    """Refuse sparse gradients."""
+    if any(g is not None and g.is_sparse for g in grads):
+        raise ValueError("sparse gradients are not supported: make the embedding dense")
 
 
 def is_interval(pair: Any) -> bool:

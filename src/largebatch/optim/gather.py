@@ -4,8 +4,8 @@ Over thousands of small layers it takes longer to gather them than to move them.
 and the state are the same objects, only gradients and numbers are new.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from itertools import chain, repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import norms
-from .backends import Backend, Layer, Layers
-from .checks import check
+from .backends import Backend, Layer, Layers, Run, Steps
+from .checks import check, check_dense
 
 if TYPE_CHECKING:
     from .base import LayerwiseOptimizer
@@ -24,61 +24,63 @@ Sources = list[list[Any]]
 
 
 class Members(NamedTuple):
-    """The parameters of a group that have a gradient."""
+    """The parameters of a group that have a gradient and are on one device."""
 
     group: dict[str, Any]
+    target: Layers  # their layers are the next of these
+    places: list[int]  # of each parameter among all that have a gradient
     params: list[Tensor]
     parts: list[list[norms.Part]]  # of each parameter: one, but for flat partitions
-    layers: list[Layer]  # one for each part
-    steps: list[Tensor]  # the parameters' step counts, if the rule has them
-
-    def with_parts(self) -> Iterator[tuple[Tensor, list[norms.Part]]]:
-        """Return pairs of a parameter and its parts."""
-        return zip(self.params, self.parts, strict=True)
+    steps: Steps  # the parameters' step counts, if the rule has them
 
 
 class Gathered:
     """All layers of a step, and what they were gathered from."""
 
     def __init__(self, optimizer: "LayerwiseOptimizer", grads: Grads) -> None:
+        check_dense(grads)
         self.by_device: dict[torch.device, Layers] = {}
-        self.by_group: list[Members] = []
-        position = 0
+        self.members: list[Members] = []
+        self.keeps = True  # not of distributed parameters: what this process holds of those may be exchanged unseen
+        num_layers = num_found = 0
         for group in optimizer.param_groups:
             optimizer._init_group(group)
-            members = Members(group, [], [], [], [])
+            of_device: dict[torch.device, Members] = {}
             names = group.get("param_names", [None] * len(group["params"]))
             for x, name in zip(group["params"], names, strict=True):
-                parts = norms.parts(x, name, position, with_origin=optimizer.state_dtype is torch.bfloat16)
-                position += len(parts)
-                if x.grad is not None:
-                    self._add(members, x, parts, optimizer)
-            self.by_group.append(members)
-        # What this process holds of a distributed parameter may be exchanged unseen.
-        self.keeps = all(
-            len(parts) == 1 and parts[0].of(x) is x for members in self.by_group for x, parts in members.with_parts()
-        )
+                parts = norms.parts(x, name, num_layers, with_origin=optimizer.state_dtype is torch.bfloat16)
+                num_layers += len(parts)
+                if x.grad is None:
+                    continue
+                if x.device not in of_device:
+                    target = self.by_device.setdefault(x.device, Layers())
+                    of_device[x.device] = Members(group, target, [], [], [], Steps())
+                members = of_device[x.device]
+                members.places.append(num_found)
+                members.params.append(x)
+                members.parts.append(parts)
+                self._add(members, optimizer)
+                num_found += 1
+            self.members.extend(of_device.values())
         self.sources = sources(optimizer, grads) if self.keeps else []
 
-    def _add(self, members: Members, x: Tensor, parts: list[norms.Part], optimizer: "LayerwiseOptimizer") -> None:
+    def _add(self, members: Members, optimizer: "LayerwiseOptimizer") -> None:
+        """Make the layers of the last of these parameters."""
+        x, parts, layers = members.params[-1], members.parts[-1], members.target
         state = optimizer.state[x]
-        layers = self.by_device.setdefault(x.device, Layers())
         for part in parts:
             tensors = {key: part.of(state[key]) for key in optimizer.state_keys}
             weights, rounded = part.of(x), None
             if "master_param" in state:
                 weights, rounded = part.of(state["master_param"]), weights
-            layer = Layer(part.name, part.position, weights, rounded, tensors, part.cut, part.origin)
-            layers.append(layer)
+            layers.append(Layer(part.name, part.position, weights, rounded, tensors, part.cut, part.origin))
             layers.whole &= not part.cut
-            members.layers.append(layer)
-        members.params.append(x)
-        members.parts.append(parts)
+        self.keeps &= len(parts) == 1 and parts[0].of(x) is x
         if optimizer.counts_steps:
             step, device = state["step"], step_device(x, members.group)
             as_kept = step.dtype is torch.float32 and step.device == device
             check("step", step, as_kept, f"a float32 tensor on {device}")
-            members.steps.append(step)
+            members.steps.tensors.append(step)
 
     def is_of(self, optimizer: "LayerwiseOptimizer", grads: Grads) -> bool:
         """Say whether gathering would find the same objects again."""
@@ -88,49 +90,57 @@ class Gathered:
         )
 
     def fill(self, optimizer: "LayerwiseOptimizer", grads: Grads, backend: Backend) -> None:
-        """Give every layer its gradient, and count the step in its numbers."""
-        if self.keeps:
-            found = iter([g for g in grads if g is not None])
-        else:
-            found = iter(norms.gradients([x for members in self.by_group for x in members.params]))
-        for members in self.by_group:
-            own, numbers = list(islice(found, len(members.params))), hypers(optimizer, members, backend)
-            if not self.keeps:
-                numbers = [hyper for hyper, parts in zip(numbers, members.parts, strict=True) for _ in parts]
-                own = [part.of(g) for g, parts in zip(own, members.parts, strict=True) for part in parts]
-            ratio = optimizer._ratio(members.group) if members.group["adapt"] else None
-            for layer, g, hyper in zip(members.layers, own, numbers, strict=True):
-                layer.g = g
-                layer.hyper = hyper
-                layer.ratio = ratio
+        """Give all layers their gradients, and count the step in their numbers."""
+        for layers in self.by_device.values():
+            layers.grads, layers.runs = [], []
+        found = [g for g in grads if g is not None]
+        if not self.keeps:
+            found = norms.gradients(
+                [x for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
+            )
+        for group, layers, places, _, parts, steps in self.members:
+            ratio = optimizer._ratio(group) if group["adapt"] else None
+            own, numbers = [found[i] for i in places], hypers(optimizer, group, steps, len(places), backend)
+            if self.keeps:
+                layers.grads += own
+                layers.runs += [Run(hyper, ratio, count) for hyper, count in numbers]
+            else:
+                layers.grads += [part.of(g) for g, of_one in zip(own, parts, strict=True) for part in of_one]
+                each = chain.from_iterable(repeat(hyper, count) for hyper, count in numbers)
+                layers.runs += [Run(hyper, ratio, len(of_one)) for hyper, of_one in zip(each, parts, strict=True)]
 
 
 def sources(optimizer: "LayerwiseOptimizer", grads: Grads) -> Sources:
     """List all objects that layers are gathered from."""
-    states = list(optimizer.state.values())
-    keys = (*optimizer.state_keys, "step", "master_param")
     params = [x for group in optimizer.param_groups for x in group["params"]]
-    of_states = [[state.get(key) for state in states] for key in keys]
-    return [list(optimizer.param_groups), params, [g is None for g in grads], states, *of_states]
+    tensors = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+    return [list(optimizer.param_groups), params, [g is None for g in grads], tensors]
 
 
-def hypers(optimizer: "LayerwiseOptimizer", members: Members, backend: Backend) -> list[Any]:
-    """Count the step of every parameter of a group, and return the rule's numbers for it."""
-    group, steps = members.group, members.steps
-    if not steps:
-        return [optimizer._hyper(group, None)] * len(members.params) if members.params else []
+def hypers(
+    optimizer: "LayerwiseOptimizer", group: dict[str, Any], steps: Steps, count: int, backend: Backend
+) -> list[tuple[Any, int]]:
+    """Count the step of ``count`` parameters of a group; return the rule's numbers, and how many neighbours have them.
+
+    ``steps`` are the parameters' step counts, none if the rule has no such thing.
+    """
+    if not steps.tensors:
+        return [(optimizer._hyper(group, None), count)]
     if group["capturable"] or torch.compiler.is_compiling():
-        torch._foreach_add_(steps, 1)
-        together = torch.stack(steps).to(norms.total_dtype(steps[0].device))  # one kernel for each number, not n
+        torch._foreach_add_(steps.tensors, 1)
+        together = torch.stack(steps.tensors).to(
+            norms.total_dtype(steps.tensors[0].device)
+        )  # one kernel for each number, not n
         hyper = optimizer._hyper(group, together)
         columns = [
-            number.expand_as(together).unbind() if isinstance(number, Tensor) else [number] * len(steps)
-            for number in hyper
+            number.expand_as(together).unbind() if isinstance(number, Tensor) else [number] * count for number in hyper
         ]
-        return [type(hyper)(*row) for row in zip(*columns, strict=True)]
+        return [(type(hyper)(*row), 1) for row in zip(*columns, strict=True)]
     times = backend.count(steps)
+    if times.count(times[0]) == len(times):
+        return [(optimizer._hyper(group, times[0]), count)]
     distinct = {t: optimizer._hyper(group, t) for t in set(times)}
-    return [distinct[t] for t in times]
+    return [(distinct[t], 1) for t in times]
 
 
 def step_device(x: Tensor, group: dict[str, Any]) -> torch.device:

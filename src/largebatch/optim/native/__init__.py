@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import Backend, Layers
+from ..backends import Backend, Layers, Steps
 from .library import DESCEND, DIRECT, DTYPES, NORMS, RULES, load
 from .table import Table, addresses
 
@@ -25,6 +25,7 @@ class Native(Backend):
 
     name = "native"
     compiles = False
+    by_layer = False
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -37,14 +38,16 @@ class Native(Backend):
                 return f"it moves float32, bfloat16 and float16 parameters, and one is {x.dtype}"
         return None
 
-    def count(self, steps: list[Tensor]) -> list[float]:
-        where, counts = addresses(steps), np.empty(len(steps), np.float32)
-        self.library.largebatch_count(where.ctypes.data, len(steps), counts.ctypes.data)
+    def count(self, steps: Steps) -> list[float]:
+        if steps.memo is None:
+            steps.memo = addresses(steps.tensors)
+        counts = np.empty(len(steps.memo), np.float32)
+        self.library.largebatch_count(steps.memo.ctypes.data, len(counts), counts.ctypes.data)
         times: list[float] = counts.tolist()
         return times
 
     def step(self, rule: str, layers: Layers, norm: str) -> Tensor | None:
-        if any(callable(ratio.phi) for ratio in {layer.ratio for layer in layers} if ratio is not None):
+        if any(run.ratio is not None and callable(run.ratio.phi) for run in layers.runs):
             return None
         ratios = torch.empty(len(layers), dtype=torch.float64)
         self._run(rule, layers, norm, DIRECT | DESCEND, None, ratios)

@@ -68,13 +68,14 @@ INLINE void add_block(enum norm norm, struct totals *totals, const struct lanes 
 }
 
 /* The totals of x and of u, of which NaN says that the gradient was not good. */
-static void conclude(enum norm norm, const struct totals *totals, double norms[2]) {
-    norms[0] = norms[1] = 0;
-    for (int k = 0; k < LANES; k++) {
-        norms[0] = join(norm, norms[0], totals->x[k]);
-        norms[1] = join(norm, norms[1], totals->u[k]);
-    }
-    if (totals->good != UINT32_MAX) norms[1] = NAN;
+static void conclude(enum norm norm, struct totals *totals, double norms[2]) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) {
+            totals->x[k] = join(norm, totals->x[k], totals->x[k + half]);
+            totals->u[k] = join(norm, totals->u[k], totals->u[k + half]);
+        }
+    norms[0] = totals->x[0];
+    norms[1] = totals->good == UINT32_MAX ? totals->u[0] : NAN;
 }
 
 /* Put a block of x back where `read_block` had it from, and into what a master copy is rounded to. */
@@ -195,7 +196,7 @@ static struct lamb_block lamb_block_of(const struct layer *layer, const struct n
         n = n < left ? n : left;
         place += run * origin.skip;
     }
-    const uint32_t seed = mix(numbers->t) + 8 * layer->position;
+    const uint32_t seed = layer->state_dtype == BFLOAT16 ? mix(numbers->t) + 8 * layer->position : 0;
     return (struct lamb_block){
         .n = (int)n,
         .m = (float *)layer->state[0] + first,

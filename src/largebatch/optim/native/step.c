@@ -16,6 +16,9 @@ enum { PART = 1 << 15, MAX_PARTS = 4096 };
 /* Layers from here on are shared: their four tensors overflow a core's level-2 cache. */
 enum { LARGE = 1 << 16 };
 
+/* What a thread takes of the small layers at a time. */
+enum { GRAIN = 1 << 14 };
+
 /* Fewer elements than this take less time than it takes to wake a thread. */
 enum { WORTH_A_TEAM = 1 << 15 };
 
@@ -102,6 +105,19 @@ static void move_layer(struct step *step, int64_t index, double (*parts)[2], str
         }
 }
 
+/* Take the next layers for one thread, from the index returned up to `*end`: some elements' worth, since the threads
+ * wait for one another here. */
+static int64_t take_layers(struct step *step, int64_t *end) {
+    long long first = atomic_load(&step->next_small), next;
+    do {
+        int64_t elements = 0;
+        for (next = first; next < step->num_layers && elements < GRAIN; next++)
+            if (step->layers[next].count < LARGE) elements += step->layers[next].count;
+    } while (!atomic_compare_exchange_weak(&step->next_small, &first, next));
+    *end = next;
+    return first;
+}
+
 /* One thread's part of a step: its shares of the large layers, which all threads meet in the same order, then such small
  * layers as are left. Alone, it takes all as they come. */
 static void member(void *context, struct team *team, int rank, int size) {
@@ -110,8 +126,9 @@ static void member(void *context, struct team *team, int rank, int size) {
     for (int64_t i = 0; size > 1 && i < step->num_layers; i++)
         if (step->layers[i].count >= LARGE) move_layer(step, i, step->parts[turn++ % 2], team, rank, size);
     double own_parts[MAX_PARTS][2];
-    for (int64_t i; (i = atomic_fetch_add(&step->next_small, 1)) < step->num_layers;)
-        if (size == 1 || step->layers[i].count < LARGE) move_layer(step, i, own_parts, team, 0, 1);
+    for (int64_t i, end; (i = take_layers(step, &end)) < end;)
+        for (; i < end; i++)
+            if (size == 1 || step->layers[i].count < LARGE) move_layer(step, i, own_parts, team, 0, 1);
 }
 
 /* ---- what Python calls ---- */

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..backends import Layer, Layers
+from ..backends import Layer, Layers, Run
+from ..checks import check_dense
 from .library import DTYPES, LAYER, NUMBERS
 
 Rows = NDArray[np.void]
@@ -23,8 +24,9 @@ class Table:
     """The layers of one optimizer and device, as the kernel reads them."""
 
     def __init__(self, layers: Layers) -> None:
-        self.owned = [tensor for layer in layers for tensor in owned(layer)]
-        self.addresses = addresses(self.owned)
+        self.weights = [layer.x for layer in layers]
+        self.addresses = addresses(self.weights)
+        self.storages = [tensor.untyped_storage() for layer in layers for tensor in owned(layer)]  # kept alive
         self.moved = [tensor for layer in layers for tensor in (layer.x, layer.rounded) if tensor is not None]
         self.irregular = [i for i, layer in enumerate(layers) if not in_one_order(owned(layer))]
         self.orders = [layer.x.stride() for layer in layers]
@@ -32,6 +34,7 @@ class Table:
             self.orders[i] = torch.empty(layers[i].x.shape, device="meta").stride()
         self.strides = list(self.orders)  # of gradients that can be read as they are
         self.dtypes = [layer.x.dtype for layer in layers]
+        self.counts: list[int] = []  # of layers that share a row of numbers
         self.rows: Rows = np.zeros(len(layers), LAYER)
         for row, layer in zip(self.rows, layers, strict=True):
             row["position"], row["origin"] = layer.position, layer.origin
@@ -39,30 +42,37 @@ class Table:
         self.rows["g_dtype"] = self.rows["x_dtype"]
 
     def is_current(self) -> bool:
-        """Say whether the tensors lie where they did: assigning to a tensor's ``data`` moves it."""
-        return np.array_equal(addresses(self.owned), self.addresses)
+        """Say whether the weights lie where they did: `Module.to` and its like assign to a tensor's ``data``."""
+        return np.array_equal(addresses(self.weights), self.addresses)
 
     def enter_gradients(self, layers: Layers) -> list[Tensor]:
         """Enter the gradients, and return them: some are copies, which live as long as the list does."""
-        grads = [layer.g for layer in layers]
+        grads = list(layers.grads)
+        try:
+            where = addresses(grads)
+        except RuntimeError:
+            check_dense(grads)
+            raise
         strides, dtypes = list(map(Tensor.stride, grads)), [g.dtype for g in grads]
         if strides != self.strides or dtypes != self.dtypes:
             for i, g in enumerate(grads):
                 if strides[i] != self.strides[i] or dtypes[i] != self.dtypes[i]:
                     grads[i] = readable(g, self.orders[i])
+                    where[i] = grads[i].data_ptr()
                     self.rows["g_dtype"][i] = DTYPES[grads[i].dtype]
                     self.strides[i], self.dtypes[i] = grads[i].stride(), grads[i].dtype
-        self.rows["g"] = addresses(grads)
+        self.rows["g"] = where
         return grads
 
     def enter_numbers(self, layers: Layers) -> Rows:
         """Enter which of the rows of numbers, which are returned, is each layer's."""
-        of_hyper = {id(layer.hyper): layer for layer in layers}
-        index = dict(zip(of_hyper, range(len(of_hyper)), strict=True))
-        self.rows["numbers"] = [index[id(layer.hyper)] for layer in layers]
-        numbers: Rows = np.zeros(len(of_hyper), NUMBERS)
-        for row, layer in zip(numbers, of_hyper.values(), strict=True):
-            for name, value in numbers_of(layer).items():
+        counts = [run.num_layers for run in layers.runs]
+        if counts != self.counts:
+            self.counts = counts
+            self.rows["numbers"] = np.repeat(np.arange(len(counts)), counts)
+        numbers: Rows = np.zeros(len(counts), NUMBERS)
+        for row, run in zip(numbers, layers.runs, strict=True):
+            for name, value in numbers_of(run).items():
                 row[name] = value
         return numbers
 
@@ -125,22 +135,22 @@ def readable(g: Tensor, order: Strides) -> Tensor:
     return torch.empty_strided(g.shape, order, dtype=dtype).copy_(g)
 
 
-def numbers_of(layer: Layer) -> dict[str, float]:
+def numbers_of(run: Run) -> dict[str, float]:
     """Return what a row of numbers holds, from the rule's numbers and the group's ratio."""
-    numbers = {name: float(value) for name, value in layer.hyper._asdict().items()}
-    if layer.ratio is None:
+    numbers = {name: float(value) for name, value in run.hyper._asdict().items()}
+    if run.ratio is None:
         return numbers
-    phi = layer.ratio.phi  # a callable is for `norms.trust_ratio`, between the two passes
+    phi = run.ratio.phi  # a callable is for `norms.trust_ratio`, between the two passes
     low, high = (-math.inf, math.inf) if phi is None or callable(phi) else phi
-    lower, upper = layer.ratio.bounds or (-math.inf, math.inf)
+    lower, upper = run.ratio.bounds or (-math.inf, math.inf)
     return numbers | {
         "adapt": 1,
-        "shrink": float(layer.ratio.shrink),
+        "shrink": float(run.ratio.shrink),
         "low": low,
         "high": high,
-        "ratio_eps": layer.ratio.eps,
-        "ratio_decay": layer.ratio.decay,
-        "coefficient": layer.ratio.coefficient,
+        "ratio_eps": run.ratio.eps,
+        "ratio_decay": run.ratio.decay,
+        "coefficient": run.ratio.coefficient,
         "lower": lower,
         "upper": upper,
     }
