@@ -1,8 +1,8 @@
 """The model on many ranks: whole on each, or cut over them; its gradients summed once a step."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ def shard(model: nn.Module, sharding: str, compression: str = "none") -> None:
         compression: "bf16" sums the gradients in bfloat16, which halves the traffic.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or machines with unequal numbers of ranks under "hsdp".
     """
     if sharding not in SHARDINGS:
         raise UserError(f"sharding is {sharding!r}; it must be {', '.join(SHARDINGS)}")
@@ -40,18 +40,20 @@ def shard(model: nn.Module, sharding: str, compression: str = "none") -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if sharding == "hsdp" else world_size()
+    if world_size() % ranks:
+        raise UserError(f"sharding=hsdp with {ranks} of {world_size()} ranks here: every machine must have as many")
     device_type = next(model.parameters()).device.type
     mesh = init_device_mesh(device_type, (world_size() // ranks, ranks), mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compression == "bf16" else None)
     mesh = mesh if ranks < world_size() else mesh["shard"]
-    for part in list(model.modules()):
+    for part in reversed(list(model.modules())):  # the inner ones first
         if isinstance(part, nn.ModuleList):
             for unit in part:
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def _sum_in_bf16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_in_bf16(state: None, bucket: "dist.GradBucket") -> torch.futures.Future[Tensor]:
     """torch's own hook, which DDP would refuse by its name on a CPU, where gloo sums bfloat16 as well."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
@@ -73,33 +75,24 @@ class Replicas:
     def __init__(self, model: nn.Module, compression: str = "none") -> None:
         self.forward = model
         self.loss_scale = 1
-        self._is_sharded = any(hasattr(x, "placements") for x in model.parameters())
+        self._ddp: Any = None
+        self._fsdp: list[Any] = [part for part in model.modules() if hasattr(part, "set_requires_gradient_sync")]
         if world_size() == 1:
             return
-        if self._is_sharded:
-            from torch.distributed.fsdp import FSDPModule
-
-            for part in model.modules():
-                if isinstance(part, FSDPModule):  # the engine's losses add up to the global mean: sum, do not average
-                    part.set_gradient_divide_factor(1.0)
-                    part.set_force_sum_reduction_for_comms(True)
-        else:
+        for part in self._fsdp:  # the engine's losses add up to the global mean: sum, do not average
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+        if not any(hasattr(x, "placements") for x in model.parameters()):
             from torch.nn.parallel import DistributedDataParallel
 
-            self.forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            self.forward = self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
             self.loss_scale = world_size()  # which it divides by
             if compression == "bf16":
-                self.forward.register_comm_hook(None, _sum_in_bf16)
+                self._ddp.register_comm_hook(None, _sum_in_bf16)
 
-    @contextmanager
-    def backward(self, last: bool) -> Iterator[None]:
-        """Run a micro-batch within this; only the ``last`` one of a global step communicates."""
-        if self._is_sharded:
-            self.forward.set_requires_gradient_sync(last)  # type: ignore[operator]
-            self.forward.set_is_last_backward(last)  # type: ignore[operator]
-            yield
-        elif self.forward is not None and hasattr(self.forward, "no_sync") and not last:
-            with self.forward.no_sync():  # type: ignore[operator]
-                yield
-        else:
-            yield
+    def backward(self, last: bool) -> AbstractContextManager[None]:
+        """Return what to run a micro-batch within; only the ``last`` one of a global step communicates."""
+        for part in self._fsdp:
+            part.set_requires_gradient_sync(last, recurse=False)
+            part.set_is_last_backward(last)
+        return nullcontext() if last or self._ddp is None else self._ddp.no_sync()

@@ -1,0 +1,187 @@
+"""Several hosts on one machine: network namespaces joined by links of a given rate, and torchrun on each.
+
+Shows how a step's time splits into computation and communication, and what a job does when a host falls silent. Linux
+and root only: python dev/several_hosts.py --corpus CORPUS
+"""
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BRIDGE = "lb-bridge"
+
+
+def host(number: int) -> str:
+    return f"lb-host{number}"
+
+
+def address(number: int) -> str:
+    return f"10.77.0.{number + 1}"
+
+
+def sh(command: str) -> None:
+    subprocess.run(command.split(), check=True)
+
+
+@contextmanager
+def network(num_hosts: int, rate_mbit: int | None) -> Iterator[None]:
+    """Make hosts on one switch, each with a link that sends at the rate in Mbit/s; None leaves it alone."""
+    try:
+        sh(f"ip link add {BRIDGE} type bridge")
+        sh(f"ip link set {BRIDGE} up")
+        for number in range(num_hosts):
+            inside = f"ip netns exec {host(number)}"
+            sh(f"ip netns add {host(number)}")
+            sh(f"ip link add lb-port{number} type veth peer name eth0 netns {host(number)}")
+            sh(f"ip link set lb-port{number} master {BRIDGE} up")
+            sh(f"{inside} ip addr add {address(number)}/24 dev eth0")
+            sh(f"{inside} ip link set eth0 up")
+            sh(f"{inside} ip link set lo up")
+            if rate_mbit is not None:
+                sh(f"{inside} tc qdisc add dev eth0 root tbf rate {rate_mbit}mbit burst 256kb latency 200ms")
+        yield
+    finally:
+        for number in range(num_hosts):
+            subprocess.run(["ip", "netns", "del", host(number)], check=False)  # its link goes with it
+        subprocess.run(["ip", "link", "del", BRIDGE], check=False)
+
+
+@contextmanager
+def job(num_hosts: int, out: Path, settings: list[str], restarts: int = 0) -> Iterator[list[subprocess.Popen]]:
+    """Start one torchrun on each host, with one rank, and yield them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+    launchers = []
+    for number in range(num_hosts):
+        command = ["ip", "netns", "exec", host(number), sys.executable, "-m", "torch.distributed.run"]
+        command += [f"--nnodes={num_hosts}", "--nproc-per-node=1", f"--max-restarts={restarts}"]
+        command += ["--rdzv-backend=c10d", "--rdzv-id=job", f"--rdzv-endpoint={address(0)}:29400"]
+        # Namespaces share one name, so torchrun cannot tell by the endpoint which of them is to host its store.
+        command += [
+            f"--rdzv-conf=is_host={number == 0}",
+            f"--local-addr={address(number)}",
+            "-m",
+            "largebatch",
+            "train",
+            "bert-tiny",
+            "--resume",
+        ]
+        command += ["--out", str(out), *(part for setting in settings for part in ("--set", setting))]
+        with open(out.with_name(f"{out.name}-{host(number)}.log"), "w") as log:
+            launchers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+    try:
+        yield launchers
+    finally:
+        for launcher in launchers:
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+
+
+def steps(out: Path) -> list[dict]:
+    path = out / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["event"] == "step"]
+
+
+def settings(corpus: Path, num_hosts: int, accumulate: int, *more: str) -> list[str]:
+    per_host = 64
+    return [
+        f"data.path={corpus}",
+        f"stages.0.batch_size={per_host * num_hosts * accumulate}",
+        f"stages.0.micro_batch_size={per_host}",
+        "stages.0.sequence_length=64",
+        "stages.0.steps=20",
+        "stages.0.warmup_steps=2",
+        "stages.1.steps=1",
+        "stages.1.warmup_steps=0",
+        f"stages.1.batch_size={num_hosts}",
+        "stages.1.micro_batch_size=1",
+        "data.evaluation_sequences=1",
+        "trust_ratios_every=0",
+        "device=cpu",
+        *more,
+    ]
+
+
+def measure(corpus: Path, folder: Path, num_hosts: int, rates: list[int | None]) -> None:
+    """Print the step's time for each rate, accumulation and compression."""
+    print(
+        f"| hosts | link, Mbit/s | accumulated | gradients | step, ms | data and computation alone, ms |\n|{6 * '---|'}"
+    )
+    for accumulate in (1, 4):
+        alone_ms = None
+        for rate in rates:
+            for compression in ("none", "bf16") if rate is not None else ("none",):
+                out = folder / f"{num_hosts}-{rate}-{accumulate}-{compression}"
+                chosen = settings(corpus, num_hosts, accumulate, f"gradient_compression={compression}")
+                with network(num_hosts, rate), job(num_hosts, out, chosen) as launchers:
+                    for launcher in launchers:
+                        assert launcher.wait(600) == 0, f"see {out}*.log"
+                times_s = [line["time_s"] for line in steps(out)[4:20]]
+                step_ms = 1000 * statistics.median(b - a for a, b in itertools.pairwise(times_s))
+                alone_ms = step_ms if rate is None else alone_ms
+                kind = "float32" if compression == "none" else "bfloat16"
+                print(
+                    f"| {num_hosts} | {rate or '-'} | {accumulate} | {kind} | {step_ms:.0f} | {alone_ms:.0f} |",
+                    flush=True,
+                )
+
+
+def cut_off(corpus: Path, folder: Path, timeout_s: int = 15) -> None:
+    """Cut a host off in mid-training; say how long its job takes to end, and whether it goes on afterwards."""
+    out = folder / "cut"
+    chosen = settings(corpus, 2, 1, f"timeout_s={timeout_s}", "checkpoint_every=5")
+    with network(2, None):
+        with job(2, out, chosen) as launchers:
+            while len(steps(out)) < 8:
+                assert all(launcher.poll() is None for launcher in launchers), f"see {folder}/*.log"
+                time.sleep(0.05)
+            sh("ip link set lb-port1 down")
+            begun = time.monotonic()
+            ended: dict[int, float] = {}
+            while len(ended) < 2:
+                for number, launcher in enumerate(launchers):
+                    if number not in ended and launcher.poll() is not None:
+                        ended[number] = time.monotonic() - begun
+                        print(f"torchrun on host {number} ended with {launcher.returncode} after {ended[number]:.0f} s")
+                time.sleep(0.1)
+        print(f"host 1 had been cut off after step {len(steps(out))}")
+        sh("ip link set lb-port1 up")
+        with job(2, out, chosen) as launchers:
+            codes = [launcher.wait(300) for launcher in launchers]
+        print(f"the same command again: {codes}, {len(steps(out))} steps")
+    losses = [line["loss"] for line in steps(out)]
+    with network(2, None), job(2, folder / "whole", chosen) as launchers:
+        assert [launcher.wait(300) for launcher in launchers] == [0, 0]
+    whole = [line["loss"] for line in steps(folder / "whole")]
+    worst = max(abs(a / b - 1) for a, b in zip(losses, whole, strict=True))
+    print(f"largest relative difference of a loss to those of a job that nothing happened to: {worst:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--corpus", type=Path, required=True, help="made by `largebatch prepare`")
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--rates", default="1000,100", help="Mbit/s, joined by commas")
+    parser.add_argument("--cut-off", action="store_true", help="cut a host off instead of measuring")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    print(f"runs and logs: {folder}")
+    if options.cut_off:
+        cut_off(options.corpus.resolve(), folder)
+    else:
+        measure(options.corpus.resolve(), folder, options.hosts, [None, *map(int, options.rates.split(","))])
+
+
+if __name__ == "__main__":
+    main()
