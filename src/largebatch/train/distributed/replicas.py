@@ -5,8 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from largebatch.errors import UserError
 
@@ -53,13 +52,6 @@ def shard(model: nn.Module, sharding: str, compression: str = "none") -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def _sum_in_bf16(state: None, bucket: "dist.GradBucket") -> torch.futures.Future[Tensor]:
-    """torch's own hook, which DDP would refuse by its name on a CPU, where gloo sums bfloat16 as well."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-    return bf16_compress_hook(state, bucket)
-
-
 class Replicas:
     """A model whose gradients are summed over the ranks, once for each global step, beside its last backward pass.
 
@@ -88,7 +80,10 @@ class Replicas:
             self.forward = self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
             self.loss_scale = world_size()  # which it divides by
             if compression == "bf16":
-                self._ddp.register_comm_hook(None, _sum_in_bf16)
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+                # DDP refuses the hook by its name on a CPU, where gloo sums bfloat16 as well.
+                self._ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
 
     def backward(self, last: bool) -> AbstractContextManager[None]:
         """Return what to run a micro-batch within; only the ``last`` one of a global step communicates."""
