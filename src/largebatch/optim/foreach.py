@@ -20,8 +20,9 @@ from .precision import compute_dtype, store, store_weights
 
 Tensors = list[Tensor]
 
-# Elements in a bucket, of which up to five float32 temporaries are alive. On the CPU they stay in the level-2 cache.
-CPU_BUCKET = 1 << 16
+# Elements in a bucket, of which up to five float32 temporaries are alive. On the CPU they stay in the last cache: steps
+# of BERT-mini took 376 ms at 2^16, 176 at 2^18, 135 at 2^20 and 128 at 2^22 (2 Zen 3 cores, torch 2.13, 2026-11-21).
+CPU_BUCKET = 1 << 20
 BUCKET = 1 << 25
 
 
@@ -198,8 +199,11 @@ def buckets(layers: Sequence[Layer]) -> Iterator[Bucket]:
 def tiles(tensors: Tensors, size: int) -> Iterator[tuple[Tensor, ...]]:
     """Cut tensors of one shape into vectors of at most ``size`` elements, all in the order of the first one's memory.
 
-    Tensors that do not lie in memory in one order without holes cannot be viewed as vectors, and stay whole.
+    Tensors of no more stay as they are, and so do those that do not lie in memory in one order without holes, which
+    cannot be viewed as vectors.
     """
+    if tensors[0].numel() <= size:
+        return iter([tuple(tensors)])
     order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
     permuted = [a.permute(order) for a in tensors]
     for views in (tensors, permuted):
