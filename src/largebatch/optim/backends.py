@@ -166,5 +166,7 @@ def _native() -> Backend | None:
     try:
         return load("native")
     except ValueError as error:
-        logging.getLogger(__name__).warning("CPU optimizers run on torch operations, several times slower: %s", error)
+        logging.getLogger(__name__).warning(
+            "CPU optimizers run on torch operations, several times slower: %s", error.__cause__ or error
+        )
         return None

@@ -35,11 +35,11 @@ struct lanes {
         for (int begin = 0; begin < whole; begin += LANES)        \
             INDEPENDENT for (int k = 0; k < LANES; k++) {         \
                 const int i = begin + k;                          \
-                __VA_ARGS__;                                           \
+                __VA_ARGS__;                                      \
             }                                                     \
         for (int i = whole; i < (n); i++) {                       \
             const int k = i - whole;                              \
-            __VA_ARGS__;                                             \
+            __VA_ARGS__;                                          \
         }                                                         \
     } while (0)
 
@@ -196,11 +196,15 @@ static struct lamb_block lamb_block_of(const struct layer *layer, const struct n
         n = n < left ? n : left;
         place += run * origin.skip;
     }
-    const uint32_t seed = layer->state_dtype == BFLOAT16 ? mix(numbers->t) + 8 * layer->position : 0;
+    if (layer->state_dtype == FLOAT32)
+        return (struct lamb_block){
+            .n = (int)n,
+            .m = (float *)layer->state[0] + first,
+            .v = (float *)layer->state[1] + first,
+        };
+    const uint32_t seed = mix(numbers->t) + 8 * layer->position;
     return (struct lamb_block){
         .n = (int)n,
-        .m = (float *)layer->state[0] + first,
-        .v = (float *)layer->state[1] + first,
         .narrow_m = (uint16_t *)layer->state[0] + first,
         .narrow_v = (uint16_t *)layer->state[1] + first,
         .m_seed = mix(seed) + (uint32_t)place,
