@@ -3,7 +3,7 @@
 Operators, comparisons, signs, numbers and truth values become others; a - b becomes b - a, f(a, b) becomes f(b, a),
 (a, b) becomes (b, a); a condition is negated; a statement is left out.
 
-    python dev/mutate.py src/largebatch/optim/lamb.py ... [-- PYTEST ARGUMENTS]
+    python dev/mutate.py src/largebatch/optim/lamb.py src/largebatch/optim/norms.py:300-360 ... [-- PYTEST ARGUMENTS]
 
 Run it on a copy of the repository: the files are rewritten while it works. Each mutant gets the tests in a forked
 process, until the first failure. Survivors are printed as they are found, the score at the end.
@@ -77,10 +77,12 @@ def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str, Edit]]:
         yield node, "another number", lambda: setattr(node, "value", node.value * 2 + 1)
 
 
-def mutants(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the description and the source of every mutant of a file."""
+def mutants(text: str, lines: range) -> Iterator[tuple[str, str]]:
+    """Yield the description and the source of every mutant of these lines of a file."""
     tree = ast.parse(text)
     for number, (node, what, _) in enumerate(edits(tree)):
+        if node.lineno not in lines:
+            continue
         mutated = copy.deepcopy(tree)
         list(edits(mutated))[number][2]()
         yield f"{node.lineno}: {what}: {ast.unparse(node)}", ast.unparse(ast.fix_missing_locations(mutated))
@@ -119,10 +121,13 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     assert survives(tests, quiet=False), "the tests fail without any mutation"
     killed = total = 0
-    for path in map(Path, files):
+    for file in files:
+        name, _, lines = file.partition(":")
+        first, _, last = lines.partition("-")
+        path, chosen = Path(name), range(int(first or 1), int(last or 1 << 30) + 1)
         text = path.read_text(encoding="utf-8")
         try:
-            for what, mutated in mutants(text):
+            for what, mutated in mutants(text, chosen):
                 path.write_text(mutated, encoding="utf-8")
                 total += 1
                 if survives(tests):
