@@ -123,7 +123,7 @@ struct lamb_block {
     int n;
     float *x;
     const float *g;
-    float *m, *v;
+    float *m, *v, *u;
     uint16_t *narrow_m, *narrow_v;
     uint32_t m_seed, v_seed; /* of the noise of the first element; that of the next is one more */
 };
@@ -161,6 +161,7 @@ INLINE void lamb_measure(const struct lamb_block *b, int i, int k, struct lamb h
         b->v[i] = v;
     }
     const float u = lamb_u(x, g, m, v, h, looks_ahead);
+    b->u[i] = u;
     lanes->x[k] = extend(norm, lanes->x[k], x);
     lanes->u[k] = extend(norm, lanes->u[k], u);
 }
@@ -213,15 +214,16 @@ static struct lamb_block lamb_block_of(const struct layer *layer, const struct n
 }
 
 static void lamb_direct(const struct layer *layer, const struct numbers *numbers, enum norm norm, int64_t first,
-                        int64_t last, double norms[2]) {
+                        int64_t last, float *kept, double norms[2]) {
     const struct lamb h = lamb_of(numbers, 0);
     const int is_narrow = layer->state_dtype == BFLOAT16;
-    float x_room[BLOCK], g_room[BLOCK];
+    float x_room[BLOCK], g_room[BLOCK], u_room[BLOCK];
     struct totals totals = {.good = UINT32_MAX};
-    for (struct lamb_block b; first < last; first += b.n) {
+    for (struct lamb_block b; first < last; first += b.n, kept += kept ? b.n : 0) {
         b = lamb_block_of(layer, numbers, first, last);
         b.x = read_block(layer->x, layer->x_dtype, first, b.n, x_room);
         b.g = read_block((void *)layer->g, layer->g_dtype, first, b.n, g_room);
+        b.u = kept ? kept : u_room;
         if (norm == L2)
             WITH_CONSTANTS(lamb_measure_all, &b, h, &totals, L2);
         else if (norm == L1)
@@ -233,15 +235,19 @@ static void lamb_direct(const struct layer *layer, const struct numbers *numbers
 }
 
 static void lamb_descend(const struct layer *layer, const struct numbers *numbers, double ratio, int64_t first,
-                         int64_t last) {
+                         int64_t last, const float *kept) {
     const struct lamb h = lamb_of(numbers, ratio);
     const int is_narrow = layer->state_dtype == BFLOAT16;
     float x_room[BLOCK], g_room[BLOCK];
-    for (struct lamb_block b; first < last; first += b.n) {
+    for (struct lamb_block b; first < last; first += b.n, kept += kept ? b.n : 0) {
         b = lamb_block_of(layer, numbers, first, last);
         b.x = read_block(layer->x, layer->x_dtype, first, b.n, x_room);
-        if (h.looks_ahead) b.g = read_block((void *)layer->g, layer->g_dtype, first, b.n, g_room);
-        WITH_CONSTANTS(lamb_move_all, &b, h);
+        if (kept) {
+            INDEPENDENT for (int i = 0; i < b.n; i++) b.x[i] = h.keep * b.x[i] - h.step * kept[i];
+        } else {
+            if (h.looks_ahead) b.g = read_block((void *)layer->g, layer->g_dtype, first, b.n, g_room);
+            WITH_CONSTANTS(lamb_move_all, &b, h);
+        }
         write_x(layer, first, b.n, b.x);
     }
 }
@@ -286,7 +292,8 @@ INLINE void lars_measure_all(int n, const float *x, const float *g, float *m, st
 }
 
 static void lars_direct(const struct layer *layer, const struct numbers *numbers, enum norm norm, int64_t first,
-                        int64_t last, double norms[2]) {
+                        int64_t last, float *kept, double norms[2]) {
+    (void)kept; /* u costs little to form again */
     const struct lars h = lars_of(numbers, 0);
     float x_room[BLOCK], g_room[BLOCK];
     struct totals totals = {.good = UINT32_MAX};
@@ -308,7 +315,8 @@ static void lars_direct(const struct layer *layer, const struct numbers *numbers
 }
 
 static void lars_descend(const struct layer *layer, const struct numbers *numbers, double ratio, int64_t first,
-                         int64_t last) {
+                         int64_t last, const float *kept) {
+    (void)kept; /* u costs little to form again */
     const struct lars h = lars_of(numbers, ratio);
     float x_room[BLOCK], g_room[BLOCK];
     for (int n; first < last; first += n) {
@@ -338,8 +346,8 @@ INLINE void lars2017_measure_all(int n, const float *x, const float *g, struct t
 }
 
 static void lars2017_direct(const struct layer *layer, const struct numbers *numbers, enum norm norm, int64_t first,
-                            int64_t last, double norms[2]) {
-    (void)numbers;
+                            int64_t last, float *kept, double norms[2]) {
+    (void)numbers, (void)kept;
     float x_room[BLOCK], g_room[BLOCK];
     struct totals totals = {.good = UINT32_MAX};
     for (int n; first < last; first += n) {
@@ -357,7 +365,8 @@ static void lars2017_direct(const struct layer *layer, const struct numbers *num
 }
 
 static void lars2017_descend(const struct layer *layer, const struct numbers *numbers, double ratio, int64_t first,
-                             int64_t last) {
+                             int64_t last, const float *kept) {
+    (void)kept; /* u costs little to form again */
     const struct lars h = lars_of(numbers, ratio);
     const float ahead = h.nesterov ? h.momentum : 1, scaled_ahead = h.nesterov ? 1 : 0;
     float x_room[BLOCK], g_room[BLOCK];

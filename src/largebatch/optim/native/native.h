@@ -37,11 +37,13 @@ struct numbers {
 
 /* The mathematics of one rule, over elements `first` up to `last` of a layer. */
 struct rule_kernel {
-    /* Advance the state, form u, leave x alone; what was measured of x and of u is returned in `norms`. */
-    void (*direct)(const struct layer *, const struct numbers *, enum norm, int64_t first, int64_t last,
-                   double norms[2]);
-    /* Form u again, and move x along it. */
-    void (*descend)(const struct layer *, const struct numbers *, double ratio, int64_t first, int64_t last);
+    /* Advance the state, form u, leave x alone; what was measured of x and of u is returned in `norms`. Where the rule
+     * keeps u and `kept` is not null, u is left there. */
+    void (*direct)(const struct layer *, const struct numbers *, enum norm norm, int64_t first, int64_t last,
+                   float *kept, double norms[2]);
+    /* Take u from `kept`, or form it again where that is null, and move x along it. */
+    void (*descend)(const struct layer *, const struct numbers *, double ratio, int64_t first, int64_t last,
+                    const float *kept);
 };
 
 /* kernel.c, compiled once for each instruction set. */

@@ -11,7 +11,7 @@
 
 #include "native.h"
 
-enum { PART = 1 << 15, MAX_PARTS = 4096 };
+enum { PART = 1 << 14, MAX_PARTS = 4096 };
 
 /* Layers from here on are shared: their four tensors overflow a core's level-2 cache. */
 enum { LARGE = 1 << 16 };
@@ -34,8 +34,16 @@ struct step {
     double *measured; /* [2, layers]: what `norms.combine` takes, of x and of u */
     double *ratios;   /* [layers] */
     double (*parts)[MAX_PARTS][2]; /* of two large layers in turn: one may still be read when the next is measured */
+    float *room;      /* null if another step has it */
+    int64_t room_each; /* of `room`, for each of the threads */
     atomic_llong next_small;
 };
+
+/* Where u waits for the trust ratio, as far as this goes: to form it again takes twice as long. All threads together
+ * have less than 1 MB, which is what a step may take beyond the states. */
+enum { ROOM = 240 << 10 };
+static float shared_room[ROOM];
+static atomic_flag room_is_taken = ATOMIC_FLAG_INIT;
 
 static int64_t part_size(int64_t count) {
     int64_t size = (count + MAX_PARTS - 1) / MAX_PARTS;
@@ -80,29 +88,32 @@ static void join_parts(enum norm norm, int64_t num, double (*parts)[2], double n
         for (int k = 0; k < 2; k++) norms[k] = join(norm, norms[k], parts[i][k]);
 }
 
-/* The share of one of `size` threads in one layer. */
-static void move_layer(struct step *step, int64_t index, double (*parts)[2], struct team *team, int rank, int size) {
+static int64_t end_of_part(const struct layer *layer, int64_t part, int64_t span) {
+    return (part + 1) * span < layer->count ? (part + 1) * span : layer->count;
+}
+
+/* The share of one of `size` threads in one layer. `room` is its own. */
+static void move_layer(struct step *step, int64_t index, double (*parts)[2], float *room, struct team *team, int rank,
+                       int size) {
     const struct layer *layer = &step->layers[index];
     const struct numbers *numbers = &step->numbers[layer->numbers];
     const int64_t span = part_size(layer->count), num_parts = (layer->count + span - 1) / span;
     const int64_t begin = num_parts * rank / size, end = num_parts * (rank + 1) / size;
+    const int64_t keeping = step->phases == (DIRECT | DESCEND) ? step->room_each / span : 0; /* that many parts' u */
     double ratio = (step->phases & DIRECT) ? 1 : step->ratios[index];
     if (step->phases & DIRECT) {
         double norms[2];
-        for (int64_t i = begin; i < end; i++) {
-            int64_t last = (i + 1) * span;
-            step->kernel->direct(layer, numbers, step->norm, i * span, last < layer->count ? last : layer->count,
-                                 parts[i]);
-        }
+        for (int64_t i = begin; i < end; i++)
+            step->kernel->direct(layer, numbers, step->norm, i * span, end_of_part(layer, i, span),
+                                 end - i <= keeping ? room + (end - i - 1) * span : 0, parts[i]);
         if (size > 1) team_barrier(team, size);
         join_parts(step->norm, num_parts, parts, norms);
         ratio = conclude(step, index, norms, rank == 0);
     }
     if ((step->phases & DESCEND) && !isnan(ratio))
-        for (int64_t i = end; i-- > begin;) {
-            int64_t last = (i + 1) * span;
-            step->kernel->descend(layer, numbers, ratio, i * span, last < layer->count ? last : layer->count);
-        }
+        for (int64_t i = end; i-- > begin;)
+            step->kernel->descend(layer, numbers, ratio, i * span, end_of_part(layer, i, span),
+                                  end - i <= keeping ? room + (end - i - 1) * span : 0);
 }
 
 /* Take the next layers for one thread, from the index returned up to `*end`: some elements' worth, since the threads
@@ -122,13 +133,15 @@ static int64_t take_layers(struct step *step, int64_t *end) {
  * layers as are left. Alone, it takes all as they come. */
 static void member(void *context, struct team *team, int rank, int size) {
     struct step *step = context;
+    float *room = step->room + step->room_each * rank;
     int turn = 0;
     for (int64_t i = 0; size > 1 && i < step->num_layers; i++)
-        if (step->layers[i].count >= LARGE) move_layer(step, i, step->parts[turn++ % 2], team, rank, size);
+        if (step->layers[i].count >= LARGE) 
+            move_layer(step, i, step->parts[turn++ % 2], room, team, rank, size);
     double own_parts[MAX_PARTS][2];
     for (int64_t i, end; (i = take_layers(step, &end)) < end;)
         for (; i < end; i++)
-            if (size == 1 || step->layers[i].count < LARGE) move_layer(step, i, own_parts, team, 0, 1);
+            if (size == 1 || step->layers[i].count < LARGE) move_layer(step, i, own_parts, room, team, 0, 1);
 }
 
 /* ---- what Python calls ---- */
@@ -198,5 +211,9 @@ EXPORTED void largebatch_step(const struct layer *layers, int64_t num_layers, co
         .ratios = ratios,
         .parts = parts,
     };
-    run_in_team(total < WORTH_A_TEAM ? 1 : num_threads, member, &step);
+    if (total < WORTH_A_TEAM) num_threads = 1;
+    const int has_room = !atomic_flag_test_and_set(&room_is_taken);
+    if (has_room) step.room = shared_room, step.room_each = ROOM / num_threads;
+    run_in_team(num_threads, member, &step);
+    if (has_room) atomic_flag_clear(&room_is_taken);
 }
