@@ -1,4 +1,4 @@
-"""`torchrun -m largebatch train` as users start it: stopped it goes on, killed it loses the steps since a checkpoint.
+"""`torchrun -m largebatch train` as users start it: a rank killed in mid-step costs the steps since a checkpoint.
 
 Guards against a job that hangs when a rank is gone, and against a restart from elsewhere, or as another run.
 """
@@ -61,29 +61,19 @@ def worker(parent: int, rank: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
-def test_a_job_that_is_stopped_and_one_that_is_killed_go_on(corpus: Path, alone: Path, tmp_path: Path) -> None:
-    """SIGTERM, then the same command again; SIGKILL to a rank, and torchrun repeats it."""
+@pytest.mark.timeout(900)  # seconds; some 20 on two idle cores
+def test_a_killed_rank_costs_the_steps_since_the_checkpoint(corpus: Path, alone: Path, tmp_path: Path) -> None:
     chosen = settings(corpus, "stages.0.micro_batch_size=8", "stages.1.micro_batch_size=4", "checkpoint_every=10")
     out = tmp_path / "disturbed"
     with launch(out, chosen) as process:
         try:
-            wait_for_step(out, 3, process, timeout_s=120)
-            process.terminate()
-            process.wait(timeout=60)
-        finally:
-            process.kill()
-    stopped = len(metrics(out))
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]  # both ranks agreed
-    with launch(out, chosen) as process:
-        try:
-            wait_for_step(out, 13, process, timeout_s=120)
+            wait_for_step(out, 13, process, timeout_s=300)
             os.kill(worker(process.pid, rank=1), signal.SIGKILL)
-            assert process.wait(timeout=150) == 0, out.with_suffix(".err").read_text()[-3000:]
+            assert process.wait(timeout=500) == 0, out.with_suffix(".err").read_text()[-3000:]
         finally:
             process.terminate()
     resumed = [line["step"] for line in metrics(out, "resume")]
-    assert resumed[0] == stopped
-    assert resumed[1:] in ([10], [20], [30])  # how far it had come by the time of the kill
+    assert resumed in ([10], [20], [30])  # how far it had come by the time of the kill
     losses = [[line["loss"] for line in metrics(run)] for run in (out, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert "step 50/50" in out.with_suffix(".out").read_text()  # the first rank prints, and it alone

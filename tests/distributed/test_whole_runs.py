@@ -49,18 +49,19 @@ def many(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     folder = tmp_path_factory.mktemp("many")
     eights = ["stages.0.micro_batch_size=8", "stages.1.micro_batch_size=2"]
     fours = ["stages.0.micro_batch_size=4", "stages.1.micro_batch_size=1"]
-    outs = {name: folder / name.replace(", ", "-").replace(" ", "-") for name in NAMES}
+    outs = {name: folder / name.replace(", ", "-").replace(" ", "-") for name in (*NAMES, "stopped")}
     cases = [
-        {"ranks": 2, "out": outs["2, fsdp"], "settings": settings(corpus, "sharding=fsdp", *eights)},
-        {"ranks": 4, "out": outs["4, ddp"], "settings": settings(corpus, *fours)},
+        {"ranks": 2, "out": outs["2, fsdp"], "chosen": settings(corpus, "sharding=fsdp", *eights)},
+        {"ranks": 4, "out": outs["4, ddp"], "chosen": settings(corpus, *fours)},
+        {"ranks": 2, "out": outs["stopped"], "chosen": settings(corpus, *eights), "stop_after": 3},
     ]
     on_ranks(cases, folder / "whole")
     go_on_after_20(outs["4, ddp"], outs["4, ddp, then 1"])
     go_on_after_20(outs["4, ddp"], outs["4, ddp, then 2, fsdp"])
     go_on_after_20(outs["2, fsdp"], outs["2, fsdp, then 4, hsdp"])
     cases = [
-        {"ranks": 2, "out": outs["4, ddp, then 2, fsdp"], "settings": settings(corpus, "sharding=fsdp")},
-        {"ranks": 4, "out": outs["2, fsdp, then 4, hsdp"], "settings": settings(corpus, "sharding=hsdp")},
+        {"ranks": 2, "out": outs["4, ddp, then 2, fsdp"], "chosen": settings(corpus, "sharding=fsdp")},
+        {"ranks": 4, "out": outs["2, fsdp, then 4, hsdp"], "chosen": settings(corpus, "sharding=hsdp")},
     ]
     on_ranks([{**case, "resume": True} for case in cases], folder / "resumed")
     whole_runs.train(outs["4, ddp, then 1"], settings(corpus), resume=True)
@@ -100,6 +101,12 @@ def test_the_number_of_ranks_does_not_change_the_run(many: dict[str, Path], alon
         assert float((weights[key] - x).abs().max() / x.abs().max()) < 1e-3 or key.endswith("key.bias"), key
 
 
+def test_ranks_agree_on_the_step_to_stop_at(many: dict[str, Path]) -> None:
+    """One rank had the signal after step 3; both finish step 4, which tells them all, and write a checkpoint."""
+    assert [line["step"] for line in metrics(many["stopped"])] == [1, 2, 3, 4]
+    assert [path.name for path in (many["stopped"] / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 def test_fine_tuning_is_the_same_run_too(alone: Path, tmp_path: Path) -> None:
     """From a run's checkpoint, with its dropout; a batch's windows are dealt to the ranks by length."""
     content = json.loads(QUESTIONS.read_text())
@@ -109,7 +116,7 @@ def test_fine_tuning_is_the_same_run_too(alone: Path, tmp_path: Path) -> None:
     chosen = [f"init={alone}", f"data.train={questions}", f"data.test={questions}", "device=cpu", "timeout_s=60"]
     chosen += ["stages.0.batch_size=8", "stages.0.steps=6", "stages.0.micro_batch_size=4", "optim.lr=1e-3"]
     whole_runs.train(tmp_path / "one", chosen, recipe="squad-demo")
-    case = {"ranks": 2, "out": tmp_path / "two", "settings": [*chosen, "sharding=fsdp"], "recipe": "squad-demo"}
+    case = {"ranks": 2, "out": tmp_path / "two", "chosen": [*chosen, "sharding=fsdp"], "recipe": "squad-demo"}
     on_ranks([case], tmp_path / "ranks")
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=RTOL)

@@ -1,18 +1,20 @@
 """A small BERT pre-training run with dropout, and what it left: on one process by import, on many by running this file.
 
-Usage: whole_runs.py FOLDER CASES; the cases are a JSON list of {"ranks", "out", "settings", "resume", "recipe"}.
+Usage: whole_runs.py FOLDER CASES; the cases are a JSON list of the arguments of `train`, each with "ranks".
 """
 
+import contextlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from largebatch.experiments.config import override
 from largebatch.experiments.recipes import get
-from largebatch.experiments.runner import run
-from largebatch.train import checkpoint
+from largebatch.experiments.runner import Interrupted, run
+from largebatch.train import StepResult, checkpoint, distributed
 
 SETTINGS = [
     "optim.lr=1e-2",
@@ -38,8 +40,15 @@ def settings(corpus: Path, *more: str) -> list[str]:
     return [*SETTINGS, f"data.path={corpus}", *more]
 
 
-def train(out: Path, chosen: list[str], resume: bool = False, recipe: str = "bert-tiny") -> None:
-    run(override(get(recipe), chosen), out, resume=resume)
+def train(out: Path, chosen: list[str], resume: bool = False, recipe: str = "bert-tiny", stop_after: int = 0) -> None:
+    """Run a recipe; after the step ``stop_after`` the second rank is asked to stop."""
+
+    def on_step(result: StepResult, num_steps: int) -> None:
+        if result.step == stop_after and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with contextlib.suppress(Interrupted):
+        run(override(get(recipe), chosen), out, resume=resume, on_step=on_step)
 
 
 def metrics(out: Path, event: str = "step") -> list[dict[str, Any]]:
@@ -60,5 +69,5 @@ if __name__ == "__main__":
     os.environ["LOCAL_WORLD_SIZE"] = "2"  # four ranks are two machines
     folder = Path(sys.argv[1])
     for number, case in enumerate(json.loads(sys.argv[2])):
-        arguments = (Path(case["out"]), case["settings"], case.get("resume", False), case.get("recipe", "bert-tiny"))
-        on_ranks(case["ranks"], lambda rank, arguments=arguments: train(*arguments), folder / str(number), 240)
+        ranks, case["out"] = case.pop("ranks"), Path(case["out"])
+        on_ranks(ranks, lambda rank, case=case: train(**case), folder / str(number), 240)

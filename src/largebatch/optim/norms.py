@@ -268,9 +268,10 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor]:
     x: Any
     for i, (x, g) in enumerate(zip(params, found, strict=True)):
         if is_sharded(x) and g.placements != x.placements:
-            sums = [dim for dim, placement in enumerate(g.placements) if placement.is_partial("sum")]
-            if len(sums) == 1 and x.placements[sums[0]].is_replicate():
-                pending.setdefault((g.device_mesh.get_group(sums[0]), g.dtype, g.device), []).append(i)
+            differ = [dim for dim, of_x in enumerate(x.placements) if g.placements[dim] != of_x]
+            first = differ[0]
+            if len(differ) == 1 and g.placements[first].is_partial("sum") and x.placements[first].is_replicate():
+                pending.setdefault((g.device_mesh.get_group(first), g.dtype, g.device), []).append(i)
             else:
                 found[i] = g.redistribute(placements=x.placements)
     for (group, *_), waiting in pending.items():
