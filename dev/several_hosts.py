@@ -52,7 +52,8 @@ def network(num_hosts: int, rate_mbit: int | None) -> Iterator[None]:
         yield
     finally:
         for number in range(num_hosts):
-            subprocess.run(["ip", "netns", "del", host(number)], check=False)  # its link goes with it
+            subprocess.run(["ip", "link", "del", f"lb-port{number}"], check=False)
+            subprocess.run(["ip", "netns", "del", host(number)], check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], check=False)
 
 
@@ -113,13 +114,13 @@ def settings(corpus: Path, num_hosts: int, accumulate: int, *more: str) -> list[
     ]
 
 
-def measure(corpus: Path, folder: Path, num_hosts: int, rates: list[int | None]) -> None:
-    """Print the step's time for each rate, accumulation and compression."""
-    print(
-        f"| hosts | link, Mbit/s | accumulated | gradients | step, ms | data and computation alone, ms |\n|{6 * '---|'}"
-    )
-    for accumulate in (1, 4):
-        alone_ms = None
+def measure(
+    corpus: Path, folder: Path, num_hosts: int, rates: list[int | None], accumulations: list[int]
+) -> list[dict]:
+    """Print the step's time for each rate, accumulation and compression, and return the rows."""
+    rows = []
+    for accumulate in accumulations:
+        free_ms = 0.0  # over links that nothing holds back
         for rate in rates:
             for compression in ("none", "bf16") if rate is not None else ("none",):
                 out = folder / f"{num_hosts}-{rate}-{accumulate}-{compression}"
@@ -129,12 +130,27 @@ def measure(corpus: Path, folder: Path, num_hosts: int, rates: list[int | None])
                         assert launcher.wait(600) == 0, f"see {out}*.log"
                 times_s = [line["time_s"] for line in steps(out)[4:20]]
                 step_ms = 1000 * statistics.median(b - a for a, b in itertools.pairwise(times_s))
-                alone_ms = step_ms if rate is None else alone_ms
-                kind = "float32" if compression == "none" else "bfloat16"
-                print(
-                    f"| {num_hosts} | {rate or '-'} | {accumulate} | {kind} | {step_ms:.0f} | {alone_ms:.0f} |",
-                    flush=True,
+                free_ms = step_ms if rate is None else free_ms
+                sent = json.loads((out / "summary.json").read_text())["parameters"] * (
+                    4 if compression == "none" else 2
                 )
+                # Of a ring, each host sends the gradients (n - 1)/n times to be summed, and again to be known.
+                ring_ms = 8e-3 * sent * 2 * (num_hosts - 1) / num_hosts / rate if rate else 0.0
+                row = {
+                    "hosts": num_hosts,
+                    "link_mbit_per_s": rate,
+                    "accumulated": accumulate,
+                    "gradient_mb": round(sent / 1e6, 2),
+                    "step_ms": round(step_ms),
+                    "free_link_ms": round(free_ms),
+                    "link_ms": round(step_ms - free_ms),
+                    "ring_ms": round(ring_ms),
+                }
+                if not rows:
+                    print(f"| {' | '.join(row)} |\n|{len(row) * '---|'}")
+                print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
+                rows.append(row)
+    return rows
 
 
 def cut_off(corpus: Path, folder: Path, timeout_s: int = 15) -> None:
@@ -171,16 +187,24 @@ def cut_off(corpus: Path, folder: Path, timeout_s: int = 15) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="made by `largebatch prepare`")
-    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--hosts", default="2", help="numbers of hosts, joined by commas")
     parser.add_argument("--rates", default="1000,100", help="Mbit/s, joined by commas")
+    parser.add_argument("--accumulate", default="1,4", help="micro-batches in a step, joined by commas")
+    parser.add_argument("--json", type=Path, help="a file for the rows of the table")
     parser.add_argument("--cut-off", action="store_true", help="cut a host off instead of measuring")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     print(f"runs and logs: {folder}")
     if options.cut_off:
         cut_off(options.corpus.resolve(), folder)
-    else:
-        measure(options.corpus.resolve(), folder, options.hosts, [None, *map(int, options.rates.split(","))])
+        return
+    rates = [None, *map(int, options.rates.split(","))]
+    accumulations = [int(number) for number in options.accumulate.split(",")]
+    rows = []
+    for num_hosts in map(int, options.hosts.split(",")):
+        rows += measure(options.corpus.resolve(), folder, num_hosts, rates, accumulations)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ PAGES: dict[str, tuple[str, str, dict[str, list[str]]]] = {
             "optim/groups.py": ["param_groups"],
             "optim/dialects.py": ["dialect", "convert_state_dict"],
             "optim/norms.py": ["flat_partition"],
+            "optim/in_backward.py": ["optimizer_in_backward", "InBackward"],
+            "optim/offload.py": ["CPUOffload"],
         },
     ),
     "schedules": (

@@ -29,6 +29,7 @@ class LayerwiseOptimizer(Optimizer):
     rule: str  # names the functions by which a backend moves this optimizer's layers
     state_keys: ClassVar[tuple[str, ...]]  # the state tensors that are shaped like the parameter
     counts_steps: ClassVar[bool]
+    first_layer = 0  # how many layers come before its own: not 0 for a twin, which moves some of another's
     settings: ClassVar[tuple[str, ...]] = ("norm", "asked_backend", "state_dtype", "master_weights")
 
     def __init__(

@@ -42,7 +42,7 @@ class Gathered:
         self.by_device: dict[torch.device, Layers] = {}
         self.members: list[Members] = []
         self.keeps = True  # not of distributed parameters: what this process holds of those may be exchanged unseen
-        num_layers = num_found = 0
+        num_layers, num_found = optimizer.first_layer, 0
         for group in optimizer.param_groups:
             optimizer._init_group(group)
             of_device: dict[torch.device, Members] = {}

@@ -68,6 +68,8 @@ class Layerwise(Optimizer):
     Source: section 3 of the paper, "general strategy".
     """
 
+    first_layer = 0  # as in `LayerwiseOptimizer`
+
     def __init__(self, base: Optimizer, *, phi: norms.Phi = None, norm: str = "l2", adapt: bool = True) -> None:
         check("base", type(base).__name__, isinstance(base, Optimizer), "a torch.optim.Optimizer")
         check("base", type(base).__name__, not isinstance(base, NOT_LINEAR), "an optimizer linear in its learning rate")
@@ -75,7 +77,7 @@ class Layerwise(Optimizer):
         check_phi(phi)
         self.base = base
         self.norm = norm
-        self._ratios: list[dict[str | int, Tensor]] = [{}]
+        self._ratios: list[list[tuple[list[str | int], Tensor]]] = [[]]
         # In place of Optimizer.__init__, which would make groups and state of its own.
         self.__setstate__({"defaults": {**base.defaults, "phi": phi, "adapt": adapt}})
 
@@ -86,7 +88,7 @@ class Layerwise(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        of_layers: dict[str | int, Tensor] = {}
+        reported: list[tuple[list[str | int], Tensor]] = []
         for moved in self._step_at_unit_rate():
             measured = [norms.measure([layer.old], self.norm)[0] for layer in moved]
             measured_u = [norms.measure([update(layer)], self.norm)[0] for layer in moved]
@@ -95,18 +97,18 @@ class Layerwise(Optimizer):
             x_norms, u_norms = norms.combine(local, [layer.cut for layer in moved], self.norm).unbind()
             by_group = {id(group): norms.Ratio(group["phi"]) if group["adapt"] else None for group in self.param_groups}
             ratios = norms.trust_ratios(x_norms, u_norms, [by_group[id(layer.group)] for layer in moved])
+            reported.append(([layer.name for layer in moved], ratios))
             for layer, ratio in zip(moved, ratios.unbind(), strict=True):
-                of_layers[layer.name] = ratio
                 if layer.group["adapt"]:
                     new = layer.old.to(compute_dtype(layer.x)) - rate_of(layer.group) * ratio * update(layer)
                     store_weights([layer.x], [torch.where(ratio.isfinite(), new, layer.old)])
-        self._ratios[0] = of_layers
+        self._ratios[0] = reported
         return loss
 
     def _step_at_unit_rate(self) -> Iterable[list[Moved]]:
         """Let the base optimizer step, adapted groups at rate 1, and return what it moved, device by device."""
         by_device: dict[torch.device, list[Moved]] = {}
-        position, rates = 0, [group["lr"] for group in self.param_groups]
+        position, rates = self.first_layer, [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             names = group.get("param_names", [None] * len(group["params"]))
             for x, name in zip(group["params"], names, strict=True):
@@ -127,7 +129,9 @@ class Layerwise(Optimizer):
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
         """Return the trust ratio of every layer that the last step moved; see `LAMB.trust_ratios`."""
-        return dict(self._ratios[0])
+        return {
+            name: ratio for names, ratios in self._ratios[0] for name, ratio in zip(names, ratios.unbind(), strict=True)
+        }
 
     # ---- what is the base optimizer's ----
 
@@ -161,7 +165,7 @@ class Layerwise(Optimizer):
                 group.setdefault(key, self.defaults[key])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "norm": self.norm, "defaults": self.defaults, "_ratios": [{}]}
+        return {"base": self.base, "norm": self.norm, "defaults": self.defaults, "_ratios": [[]]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -122,8 +122,17 @@ def global_norm(params: Sequence[Tensor]) -> Tensor:
     One all-reduce for each process group over which any of them is cut.
     """
     held = [local(x.grad) for x in params]
-    squares = join(measure(held, "l2"), range(len(held)), "l2")
+    return norm_from_squares(join(measure(held, "l2"), range(len(held)), "l2"), params)
+
+
+def norm_from_squares(squares: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Return what `global_norm` does, from what `square` said of each of ``params``."""
     return combine(squares, [cut_of(x, i) for i, x in enumerate(params)], "l2").square().sum().sqrt()
+
+
+def square(x: Tensor) -> Tensor:
+    """Return the sum of squares, [1], of what this process holds of the gradient of ``x``."""
+    return join(measure([local(x.grad)], "l2"), [0], "l2")
 
 
 # ---- what this process holds of a layer ----
@@ -255,6 +264,25 @@ def local(x: Any) -> Tensor:
         return x  # type: ignore[no-any-return]
     shard: Any = x.to_local()
     return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]
+
+
+def on_cpu(x: Any) -> Tensor:
+    """Return an uninitialised tensor on the CPU, cut as ``x`` is; pinned, if x is elsewhere."""
+    held = local(x).detach()
+    copy = torch.empty_like(held, device="cpu", pin_memory=held.device.type != "cpu")
+    if is_sharded(x):  # not from_local, which would move it to the device of the mesh
+        copy = type(x)(copy, x._spec, requires_grad=False)
+    if hasattr(x, "_flat_partition"):
+        copy._flat_partition = x._flat_partition  # type: ignore[attr-defined]
+    return copy
+
+
+def has_replicas(x: Tensor) -> bool:
+    """Say whether other processes hold the same parameter, whose gradient is the sum of theirs and this one's."""
+    from torch import distributed
+
+    many = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return many and not is_sharded(x)
 
 
 def gradients(params: Sequence[Tensor]) -> list[Tensor]:
