@@ -159,7 +159,17 @@ HEAVY = ("triton", "matplotlib", "tokenizers", "rich", "safetensors", "pyarrow",
 def test_importing_the_package_imports_torch_and_numpy_alone() -> None:
     """Compared with `import torch` itself, which may bring what it likes."""
     show = f"; import sys; print(*sorted(set({HEAVY}) & set(sys.modules)))"
-    assert fresh("import largebatch" + show) == fresh("import torch, numpy" + show)
+    assert fresh("from largebatch import *" + show) == fresh("import torch, numpy" + show)
+
+
+def test_reading_and_preparing_text_does_without_torch() -> None:
+    """Every worker of `prepare` would pay for it. The public names are there all the same, and no others."""
+    assert fresh("import sys, largebatch.cli, largebatch.data; print('torch' in sys.modules)").strip() == "False"
+    assert fresh("import sys, largebatch; largebatch.LAMB; print('torch' in sys.modules)").strip() == "True"
+    assert set(largebatch.__all__) | {"optim", "scaling"} <= set(dir(largebatch))
+    assert all(hasattr(largebatch, name) for name in dir(largebatch))
+    with pytest.raises(AttributeError, match="has no attribute 'LAMP'"):
+        largebatch.LAMP  # noqa: B018
 
 
 BLOCK = """

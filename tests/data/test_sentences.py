@@ -122,7 +122,15 @@ def test_no_character_is_lost_or_moved(parts: list[str]) -> None:
 
 def test_time_is_linear_in_hostile_input() -> None:
     """A pattern that backtracks would need hours for these; a test's time limit is the bound."""
-    for hostile in ("." * 200_000, ". " * 100_000, '."' * 100_000, "A. " * 60_000, ". (" * 60_000 + "x", "x" * 10**6):
+    for hostile in (
+        "." * 200_000,
+        "。" * 200_000,
+        ". " * 100_000,
+        '."' * 100_000,
+        "A. " * 60_000,
+        ". (" * 60_000 + "x",
+        "x" * 10**6,
+    ):
         sentences = split_sentences(hostile)
         assert "".join("".join(sentences).split()) == "".join(hostile.split())
 

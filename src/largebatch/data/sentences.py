@@ -6,14 +6,17 @@ English; other scripts fall back on their own full stops or on "terminator, spac
 
 import re
 
-# A terminator, closing quotes and brackets, spaces, then what can begin a sentence. `_ends_sentence` decides the rest.
-# The possessive quantifiers keep the time linear in hostile input.
+# A terminator, closing quotes and brackets, spaces, then what can begin a sentence (`_ends_sentence` decides the rest);
+# or a CJK full stop. The pattern begins with a plain set, which `re` looks for eight times as fast as it tries a
+# pattern that begins with a look-behind or a choice: 11 against 88 ns a character (one Zen 3 core, 2026-11-21). The
+# possessive quantifiers, and starting at the first of several terminators only, keep the time linear in hostile input.
 _CANDIDATE = re.compile(
-    r"(?<![.!?\u2026])(?P<end>[.!?\u2026]++)"
+    r"(?P<end>[.!?\u2026。！？]"
+    r"(?:(?<=[.!?\u2026])(?<![.!?\u2026]{2})[.!?\u2026]*+|(?<=[。！？])(?<![。！？]{2})(?P<wide>[。！？]*+)))"
+    r"(?(wide)[」』”’）]*+(?=.)|"
     r"(?:[\"'\u201d\u2019)\]\u00bb*_]++|\[\d++\]|\ (?:''|\"|\u201d)(?=\ ))*+(?:--|\u2014)?+"
     r"\ ++"
-    r"(?=[\"'`\u201c\u2018\u00ab(\[_*\u2013\u2014-]*+\ ?(?P<next>[^\W_a-z]|[$£€¥§¿¡#]))"
-    r"|(?P<wide>[。！？]++[」』”’）]*+)(?=.)"
+    r"(?=[\"'`\u201c\u2018\u00ab(\[_*\u2013\u2014-]*+\ ?(?P<next>[^\W_a-z]|[$£€¥§¿¡#])))"
 )
 _BREAK = re.compile(r"[\"“«(\[_*—–-]")
 _WORD = re.compile(r"[^\s\"'`“”‘’«»()\[\]_*–—-][^\s\"“”«»()\[\]]*")
@@ -63,7 +66,7 @@ def split_sentences(paragraph: str) -> list[str]:
     sentences = []
     start = 0
     for match in _CANDIDATE.finditer(paragraph):
-        if match["wide"] or _ends_sentence(paragraph, start, match):
+        if match["wide"] is not None or _ends_sentence(paragraph, start, match):
             if sentence := paragraph[start : match.end()].strip():
                 sentences.append(sentence)
             start = match.end()
