@@ -22,6 +22,11 @@ CASES: dict[str, dict[str, Any]] = {
     "hsdp, one micro-batch": {"sharding": "hsdp", "micro_batch_size": 16},
     "ddp in bf16": {"sharding": "ddp", "compression": "bf16"},
     "fsdp in bf16": {"sharding": "fsdp", "compression": "bf16"},
+    "ddp, offloaded": {"sharding": "ddp", "offloaded": True},
+    "fsdp, offloaded": {"sharding": "fsdp", "offloaded": True},
+    "hsdp, offloaded": {"sharding": "hsdp", "offloaded": True},
+    "fsdp, in backward": {"sharding": "fsdp", "micro_batch_size": 4, "max_grad_norm": None, "in_backward": True},
+    "hsdp, in backward": {"sharding": "hsdp", "micro_batch_size": 4, "max_grad_norm": None, "in_backward": True},
 }
 
 
@@ -41,6 +46,15 @@ def train(**settings: Any) -> dict[str, Any]:
         "weights": {name: whole(x.detach()) for name, x in engine.model.named_parameters()},
         "collectives": counts,
     }
+
+
+def refused() -> str:
+    """The optimizer in the backward pass of a model of which every rank has a replica."""
+    try:
+        next(small_training.engine("ddp", 4, max_grad_norm=None, in_backward=True).run())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def whole(x: Any) -> Any:
@@ -75,6 +89,7 @@ def tensor_parallel(with_fsdp: bool) -> dict[str, Any]:
 def body(rank: int) -> dict[str, Any]:
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size() // 2)  # two machines
     results = {case: train(**settings) for case, settings in CASES.items()}
+    results["refused"] = refused()
     results["tensor parallel"] = tensor_parallel(with_fsdp=False)
     results["tensor parallel and fsdp"] = tensor_parallel(with_fsdp=True)
     return results

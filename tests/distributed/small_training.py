@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch import LAMB, schedules
+from largebatch.optim import CPUOffload
 from largebatch.train import Engine, GlobalBatch, Stage, distributed
 from largebatch.train.engine import _scale_gradients as scale_gradients
 from largebatch.train.engine import global_grad_norm
@@ -57,13 +58,29 @@ def batches(micro_batch_size: int) -> Any:
     return of_stage
 
 
-def engine(sharding: str = "ddp", micro_batch_size: int = 2, compression: str = "none") -> Engine:
+def engine(
+    sharding: str = "ddp",
+    micro_batch_size: int = 2,
+    compression: str = "none",
+    max_grad_norm: float | None = 0.2,
+    in_backward: bool = False,
+    offloaded: bool = False,
+) -> Engine:
     torch.manual_seed(0)
     model = Model()
     distributed.shard(model, sharding, compression)
     stages = [Stage("only", STEPS, BATCH, schedules.PolynomialDecay(0.1, STEPS, 2))]
-    optimizer = LAMB(model.named_parameters(), lr=1.0)
-    return Engine(model, optimizer, stages, batches(micro_batch_size), loss, max_grad_norm=0.2, compression=compression)
+    optimizer: torch.optim.Optimizer = LAMB(model.named_parameters(), lr=1.0)
+    return Engine(
+        model,
+        CPUOffload(optimizer) if offloaded else optimizer,
+        stages,
+        batches(micro_batch_size),
+        loss,
+        max_grad_norm=max_grad_norm,
+        compression=compression,
+        in_backward=in_backward,
+    )
 
 
 class Block(nn.Module):

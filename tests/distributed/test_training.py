@@ -32,9 +32,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(4)]
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    engine = small_training.engine()
+def trained_alone(**settings: Any) -> dict[str, Any]:
+    engine = small_training.engine(**settings)
     results = list(engine.run())
     return {
         "losses": [result.metrics["loss"] for result in results],
@@ -43,22 +42,46 @@ def alone() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("cut", ["", ", one micro-batch"])
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp", "hsdp"])
-def test_ranks_train_as_one_process_does(ranks: Any, alone: Any, sharding: str, cut: str) -> None:
-    results = [result[sharding + cut] for result in ranks]
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return trained_alone()
+
+
+def assert_same_training(results: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """Equal to one process's, and replicas equal to the bit."""
     assert results[0]["losses"] == pytest.approx(alone["losses"], rel=RTOL)
     assert results[0]["norms"] == pytest.approx(alone["norms"], rel=RTOL)
-    assert all(results[0]["clipped"])
     for name, x in alone["weights"].items():
         assert float((results[0]["weights"][name] - x).abs().max() / x.abs().max()) < RTOL
         assert all(torch.equal(result["weights"][name], results[0]["weights"][name]) for result in results)
     assert alone["losses"][0] != pytest.approx(alone["losses"][-1], rel=1e-2)  # it did learn something
 
 
+@pytest.mark.parametrize("cut", ["", ", one micro-batch", ", offloaded"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp", "hsdp"])
+def test_ranks_train_as_one_process_does(ranks: Any, alone: Any, sharding: str, cut: str) -> None:
+    results = [result[sharding + cut] for result in ranks]
+    assert_same_training(results, alone)
+    assert all(results[0]["clipped"])
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "hsdp"])
+def test_the_optimizer_in_the_backward_pass_of_shards(ranks: Any, alone: Any, sharding: str) -> None:
+    """Right, at an all-reduce of norms for each layer; replicas are refused, whose gradients DDP sums too late."""
+    expected = trained_alone(max_grad_norm=None)
+    results = [result[f"{sharding}, in backward"] for result in ranks]
+    assert_same_training(results, expected)
+    assert expected["losses"] != pytest.approx(alone["losses"], rel=10 * RTOL)  # which are clipped
+    num_layers, of_copies = len(expected["weights"]), UNITS if sharding == "hsdp" else 0
+    for result in results:  # counts, metrics, the norm of all gradients, and every layer's
+        assert result["collectives"]["allreduce_"] == 2 + 1 + num_layers + of_copies
+    assert all("fully_shard" in result["refused"] for result in ranks)
+
+
 @pytest.mark.parametrize("cut", ["", ", one micro-batch"])
 def test_one_reduction_of_gradients_for_each_step(ranks: Any, cut: str) -> None:
     """Besides the sums of counts and of metrics: gradients once, and under FSDP2 one norm to clip by, one of layers."""
+    assert all(result["fsdp, offloaded"]["collectives"] == result["fsdp"]["collectives"] for result in ranks)
     for result in ranks:
         assert result["ddp" + cut]["collectives"] == {"allreduce_": 2 + 1}  # DDP's buckets hold far more than this
         fsdp, hsdp = result["fsdp" + cut]["collectives"], result["hsdp" + cut]["collectives"]

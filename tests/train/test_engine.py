@@ -238,3 +238,37 @@ def test_an_error_in_the_data_reaches_the_caller():
     with pytest.raises(UserError, match="shard 3 is damaged"):
         list(engine.run())
     assert engine.progress.step == 2
+
+
+@pytest.mark.parametrize("keep_moments", [True, False])
+def test_the_optimizer_in_the_backward_pass_is_the_same_training(keep_moments):
+    """To the bit, over two stages; the norm of gradients that are gone is a sum in another order."""
+    engines = [
+        engine_of(12, dropout=0.1, keep_moments=keep_moments, max_grad_norm=None, in_backward=in_backward)
+        for in_backward in (False, True)
+    ]
+    ordinary, in_backward = (list(engine.run()) for engine in engines)
+    assert all(torch.equal(a, b) for a, b in zip(*map(weights, engines), strict=True))
+    assert [result.metrics for result in ordinary] == [result.metrics for result in in_backward]
+    assert [result.grad_norm for result in in_backward] == pytest.approx([r.grad_norm for r in ordinary], rel=1e-6)
+    nn.functional.mse_loss(engines[1].model(torch.ones(2, FEATURES)), torch.zeros(2, CLASSES)).backward()
+    assert all(x.grad is not None for x in engines[1].model.parameters())  # when the run is over, its hooks are gone
+
+
+def test_a_gradient_that_is_not_finite_in_the_backward_pass():
+    engine = engine_of(12, max_grad_norm=None, in_backward=True, max_skipped=2)
+    engine.batches = batches_of(12, poison_from=2)
+    run = engine.run()
+    assert [next(run).skipped for _ in range(2)] == [False, False]
+    before = weights(engine)
+    assert [next(run).skipped for _ in range(2)] == [True, True]
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
+    with pytest.raises(TrainingDiverged):
+        next(run)
+
+
+def test_the_optimizer_in_the_backward_pass_refuses_clipping_and_accumulation():
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0: expected None with in_backward"):
+        next(engine_of(in_backward=True).run())
+    with pytest.raises(ValueError, match="in_backward: expected one micro-batch in a step, and there are 2"):
+        next(engine_of(6, max_grad_norm=None, in_backward=True).run())

@@ -63,6 +63,8 @@ class RunConfig:
     sharding: str = "ddp"  # or fsdp, hsdp: who holds what of the model on many ranks
     gradient_compression: str = "none"  # or bf16
     timeout_s: float = 600  # of a collective: ranks that wait longer for another one give up
+    optimizer_in_backward: bool = False  # move each layer within the backward pass, and hold no set of gradients
+    cpu_offload: bool = False  # the optimizer's state and arithmetic on the CPU
     max_grad_norm: float | None = 1.0
     evaluate_every: int = 0  # steps; 0: at the end of each stage only
     checkpoint_every: int = 1000  # steps; besides the end of each stage

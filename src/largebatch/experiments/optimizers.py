@@ -9,6 +9,7 @@ from torch import nn
 import largebatch
 from largebatch.errors import UserError
 from largebatch.experiments.config import OptimConfig
+from largebatch.optim import CPUOffload
 
 # The settings that each optimizer reads, besides lr, weight_decay and exclude.
 _READS = {
@@ -21,8 +22,8 @@ _READS = {
 }
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over `model`, its parameters grouped by `exclude`.
+def build_optimizer(config: OptimConfig, model: nn.Module, cpu_offload: bool = False) -> torch.optim.Optimizer:
+    """The optimizer over `model`, its parameters grouped by `exclude`; its state on the CPU, if so asked.
 
     Excluded parameters get no weight decay and no trust ratio.
 
@@ -32,17 +33,22 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     if config.name not in _READS:
         raise UserError(f"optim.name={config.name} is not known; known are {', '.join(_READS)}")
     _refuse_idle_settings(config)
-    arguments: dict[str, Any] = {name: getattr(config, name) for name in _READS[config.name]}
     try:
-        groups = largebatch.param_groups(model, config.weight_decay, exclude=config.exclude)
-        if config.name in ("adamw", "sgd"):
-            plain = [{"params": _tensors(group["params"]), "weight_decay": group["weight_decay"]} for group in groups]
-            kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.SGD
-            return kind(plain, lr=config.lr, **arguments)
-        kind = getattr(largebatch, config.name.upper())
-        return kind(groups, lr=config.lr, weight_decay=config.weight_decay, **arguments)
+        optimizer = _build(config, model)
+        return CPUOffload(optimizer) if cpu_offload else optimizer
     except ValueError as error:
         raise UserError(f"optimizer {config.name}: {error}") from None
+
+
+def _build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    arguments: dict[str, Any] = {name: getattr(config, name) for name in _READS[config.name]}
+    groups = largebatch.param_groups(model, config.weight_decay, exclude=config.exclude)
+    if config.name in ("adamw", "sgd"):
+        plain = [{"params": _tensors(group["params"]), "weight_decay": group["weight_decay"]} for group in groups]
+        kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.SGD
+        return kind(plain, lr=config.lr, **arguments)
+    kind = getattr(largebatch, config.name.upper())
+    return kind(groups, lr=config.lr, weight_decay=config.weight_decay, **arguments)
 
 
 def _tensors(parameters: Any) -> list[torch.Tensor]:

@@ -34,7 +34,10 @@ OnEvent = Callable[[str], None]
 
 
 # Settings that do not change what is computed, and so may differ when a run is resumed. So may the micro-batches.
-ELASTIC = ("device", "sharding", "timeout_s", "checkpoint_every", "keep_checkpoints")
+ELASTIC = (
+    *("device", "sharding", "optimizer_in_backward", "cpu_offload"),
+    *("timeout_s", "checkpoint_every", "keep_checkpoints"),
+)
 
 
 class Interrupted(Exception):
@@ -91,12 +94,13 @@ def _run(
         precision=_precision(config.precision, device),
         dropout_masks=_dropout_masks(config.dropout_masks, device),
     )
+    _check_in_backward(config)
     workload = build_workload(config)
     config = workload.config
     torch.manual_seed(config.seed)
     model = workload.model().to(device)
     distributed.shard(model, config.sharding, config.gradient_compression)
-    optimizer = build_optimizer(config.optim, model)
+    optimizer = build_optimizer(config.optim, model, config.cpu_offload)
     stages = build_stages(config)
     engine = Engine(
         model,
@@ -108,6 +112,7 @@ def _run(
         autocast=config.precision,
         compression=config.gradient_compression,
         seed=config.seed,
+        in_backward=config.optimizer_in_backward,
     )
     config = _with_micro_batches(config, workload, engine, device, on_event)
     chief = distributed.rank() == 0
@@ -301,6 +306,33 @@ def _check_sizes(stage: StageConfig, where: str) -> None:
         )
 
 
+def _check_in_backward(config: RunConfig) -> None:
+    """Refuse what an optimizer in the backward pass cannot go with."""
+    if not config.optimizer_in_backward:
+        return
+    if config.max_grad_norm is not None:
+        raise UserError(
+            "optimizer_in_backward moves layers before the norm of all gradients is known: set max_grad_norm=none"
+        )
+    if config.cpu_offload:
+        raise UserError("optimizer_in_backward and cpu_offload cannot go together: set one of them to false")
+    if config.optim.name in ("adamw", "sgd"):
+        raise UserError(
+            f"optimizer_in_backward cannot skip a step whose gradient is not finite, which {config.optim.name} needs"
+        )
+    if config.sharding == "ddp" and distributed.world_size() > 1:
+        raise UserError(
+            "optimizer_in_backward on many ranks needs sharding=fsdp or hsdp: DDP holds all gradients in its buckets"
+        )
+    for index, stage in enumerate(config.stages):
+        share = stage.batch_size // distributed.world_size()
+        if stage.micro_batch_size not in (None, share):
+            raise UserError(
+                f"optimizer_in_backward cannot accumulate: set stages.{index}.micro_batch_size={share}, the whole batch"
+                " of a rank, or train without it"
+            )
+
+
 def _curve(config: RunConfig, index: int) -> Callable[[int], float]:
     """The schedule that begins with a stage and spans those after it that say "continue"."""
     stage, rate = config.stages[index], peak_rate(config, index)
@@ -335,6 +367,8 @@ def _with_micro_batches(
     stages = []
     for index, stage in enumerate(config.stages):
         size = stage.micro_batch_size
+        if size is None and config.optimizer_in_backward:
+            size = stage.batch_size // distributed.world_size()
         if size is None:
             size = find_micro_batch(
                 lambda size, index=index: engine.probe(workload.probe_batch(index, size)),
@@ -391,11 +425,11 @@ def _step_line(result: StepResult, engine: Engine, peak_flops_per_s: float) -> d
 
 
 def _log_trust_ratios(result: StepResult, engine: Engine, directory: RunDirectory) -> None:
-    if result.skipped or not hasattr(engine.optimizer, "trust_ratios"):
+    ratios = engine.optimizer.trust_ratios() if hasattr(engine.optimizer, "trust_ratios") else {}
+    if result.skipped or not ratios:
         return
-    ratios = engine.optimizer.trust_ratios()
-    values = torch.stack([ratio.float() for ratio in ratios.values()]).tolist() if ratios else []
-    adapted = {name for group in engine.optimizer.param_groups if group["adapt"] for name in group["param_names"]}
+    values = torch.stack([ratio.float() for ratio in ratios.values()]).tolist()
+    adapted = {name for group in engine.optimizer.param_groups if group.get("adapt") for name in group["param_names"]}
     named = {name: value for name, value in zip(ratios, values, strict=True) if name in adapted}
     directory.log("trust_ratios", step=result.step, stage=result.stage.name, ratios=named)
 

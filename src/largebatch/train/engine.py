@@ -6,7 +6,7 @@ One global step is
     totals <- what normalises the loss, summed over micro-batches and ranks
     for each micro-batch:  (loss / totals).backward()          gradients add up
     sum the gradients over ranks, once, beside the last of these backward passes
-    clip by the global norm, set the learning rate, step
+    clip by the global norm, step
 
 so the result does not depend on how the global batch is cut into micro-batches and ranks, but for rounding.
 """
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largebatch.optim import norms
+from largebatch.optim import norms, optimizer_in_backward
+from largebatch.optim.in_backward import InBackward
 from largebatch.train import distributed
 from largebatch.train.prefetch import prefetch
 
@@ -91,7 +92,7 @@ class StepResult:
     metrics: dict[str, float]  # "loss" and what the loss function reports
     grad_norm: float  # before clipping
     clipped: bool
-    skipped: bool  # the gradient was not finite, and the weights were left alone
+    skipped: bool  # the gradient was not finite, and the weights were left alone (`in_backward`: those of its layers)
     stop: bool  # some rank was asked to stop
     num_sequences: int
     num_tokens: int
@@ -121,6 +122,8 @@ class Engine:
         compression: "bf16" sums the gradients over the ranks in bfloat16.
         stop: asked once a step on every rank; one rank's yes is `StepResult.stop` on all.
         seed: with the step and the micro-batch the key of the dropout masks.
+        in_backward: move each layer within the backward pass and free its gradient there; see `optimizer_in_backward`.
+            Takes batches of one micro-batch and no `max_grad_norm`.
         max_skipped: give up after this many steps in a row whose gradient is not finite.
         progress: where to begin; changed in place, and consistent whenever `run()` has yielded.
     """
@@ -135,8 +138,10 @@ class Engine:
     compression: str = "none"
     stop: Callable[[], bool] = bool
     seed: int = 0
+    in_backward: bool = False
     max_skipped: int = 10
     progress: Progress = field(default_factory=Progress)
+    _moves: InBackward | None = field(default=None, init=False, repr=False)
 
     def run(self) -> Iterator[StepResult]:
         """Yield after every optimizer step, from `progress` to the end of the last stage.
@@ -144,8 +149,18 @@ class Engine:
         Raises:
             TrainingDiverged: `max_skipped` steps in a row had a gradient that is not finite.
         """
-        skipped_in_a_row = 0
+        if self.in_backward and self.max_grad_norm is not None:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm}: expected None with in_backward")
         replicas = distributed.Replicas(self.model, self.compression)
+        self._moves = optimizer_in_backward(self.optimizer, with_grad_norm=True) if self.in_backward else None
+        try:
+            yield from self._run(replicas)
+        finally:
+            if self._moves is not None:
+                self._moves.remove()
+
+    def _run(self, replicas: distributed.Replicas) -> Iterator[StepResult]:
+        skipped_in_a_row = 0
         while self.progress.stage < len(self.stages):
             index, stage = self.progress.stage, self.stages[self.progress.stage]
             if self.progress.stage_step == 0 and not stage.keep_moments:
@@ -184,6 +199,12 @@ class Engine:
         batch = next(batches)
         data_s = time.perf_counter() - start
 
+        if self.in_backward and len(batch.micro_batches) > 1:
+            raise ValueError(
+                f"in_backward: expected one micro-batch in a step, and there are {len(batch.micro_batches)}"
+            )
+        learning_rate = stage.learning_rate(self.progress.stage_step)
+        set_learning_rate(self.optimizer, learning_rate)
         device = next(self.model.parameters()).device
         totals, (num_sequences, num_tokens, flops) = _global_counts(batch, device)
         self.model.train()
@@ -197,7 +218,7 @@ class Engine:
                 (loss * replicas.loss_scale).backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value.float() if name in sums else value.float()
-        grad_norm = global_grad_norm(self.model)
+        grad_norm = global_grad_norm(self.model) if self._moves is None else self._moves.grad_norm()
 
         # One transfer, and so one wait for the device, tells everything about the step.
         stop = torch.tensor(float(self.stop()), device=device)
@@ -205,11 +226,9 @@ class Engine:
         *values, stops, norm = torch.cat([stacked, grad_norm.float().reshape(1)]).tolist()
         finite = norm < float("inf")  # false for NaN as well
         clipped = finite and self.max_grad_norm is not None and norm > self.max_grad_norm
-        learning_rate = stage.learning_rate(self.progress.stage_step)
         if clipped:
             _scale_gradients(self.model, self.max_grad_norm / grad_norm)
-        if finite:
-            set_learning_rate(self.optimizer, learning_rate)
+        if finite or self._moves is not None:
             self.optimizer.step()
 
         progress = self.progress
