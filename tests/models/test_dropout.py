@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from largebatch.models import BertConfig, BertForPreTraining, BertForSequenceClassification
-from largebatch.models.dropout import Dropout, keep_mask, keyed_dropout, row_keys
+from largebatch.models import BertConfig, BertForPreTraining, BertForSequenceClassification, keyed_attention
+from largebatch.models.dropout import Dropout, keep_bits, keyed_dropout, row_keys
+from largebatch.models.layout import TokenLayout, attention
 from largebatch.models.vision import LeNet
 
 KEYS = torch.tensor([3, -5, 2**40, -(2**40), 77])
@@ -29,9 +30,10 @@ def token_rows(num_samples: int, length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("prob", [0.1, 0.5, 0.01])
 def test_rate_and_scale(prob: float) -> None:
-    mask, scale = keep_mask(token_rows(64, 128), 0, 127, 1 - prob)
+    bits, scale = keep_bits(token_rows(64, 128), 0, 127, 1 - prob)
     # A mean of n draws is off by sqrt(p (1 - p) / n); 4 of that, and half a step of the 2^-16 grid.
-    tolerance = 4 * (prob * (1 - prob) / mask.numel()) ** 0.5 + 2**-17
+    tolerance = 4 * (prob * (1 - prob) / bits.numel()) ** 0.5 + 2**-17
+    mask = bits.bool()
     assert mask.double().mean().item() == pytest.approx(1 - prob, abs=tolerance)
     assert scale == pytest.approx(1 / (1 - prob), rel=2**-15)
 
@@ -39,8 +41,8 @@ def test_rate_and_scale(prob: float) -> None:
 def test_no_two_neighbours_are_alike() -> None:
     """Columns, positions, samples and sites next to each other: correlations within 5 / sqrt(n) of zero."""
     keys = token_rows(64, 64)
-    mask = (keep_mask(keys, 0, 64, 0.5)[0].double() - 0.5).view(64, 64, 64)
-    other_site = (keep_mask(keys, 1, 64, 0.5)[0].double() - 0.5).view(64, 64, 64)
+    mask = (keep_bits(keys, 0, 64, 0.5)[0].bool().double() - 0.5).view(64, 64, 64)
+    other_site = (keep_bits(keys, 1, 64, 0.5)[0].bool().double() - 0.5).view(64, 64, 64)
     pairs = [(mask, other_site)]
     pairs += [
         (mask.narrow(dim, 0, 64 - lag), mask.narrow(dim, lag, 64 - lag)) for dim in range(3) for lag in (1, 2, 32)
@@ -89,3 +91,31 @@ def test_lenet() -> None:
     together = model(images, KEYS)
     torch.testing.assert_close(torch.cat([model(images[:2], KEYS[:2]), model(images[2:], KEYS[2:])]), together)
     assert not torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("chunk", [1, 800, 1 << 18])
+def test_attention_in_chunks_has_the_gradients_of_the_whole(
+    chunk: int, small_config: BertConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written by hand for the CPU, against autograd on padded matrices of probabilities; in float64, to its rounding.
+
+    Chunks of one sequence, of some of those of 9 tokens (3 heads of 9 x 9 are 243 probabilities), and of all.
+    """
+    monkeypatch.setattr(keyed_attention, "CHUNK", chunk)
+    lengths, heads, width = [9, 9, 4, 9, 17, 9, 1], 3, 6  # an odd number of heads, whose last has no partner
+    dropout = Dropout(0.3).train()
+    dropout.site = 5
+    mask = torch.arange(17) < torch.tensor(lengths)[:, None]
+    keys = torch.arange(len(lengths)) * 12345
+    unpadded, padded = (TokenLayout(mask, unpad=unpad, dropout_keys=keys) for unpad in (True, False))
+    inputs = torch.randn(3, len(lengths), 17, heads * width, dtype=torch.float64)
+    seen = []
+    for layout in (unpadded, padded):
+        leaves = [part.clone().requires_grad_() for part in inputs]
+        context = layout.pad(attention(*(layout.pack(part) for part in leaves), heads, layout, dropout))
+        context[mask].square().sum().backward()
+        seen.append([context[mask], *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(other.detach().abs().max()))
+    plain = attention(*(unpadded.pack(part) for part in inputs), heads, unpadded)
+    assert (unpadded.pad(plain)[mask] - seen[0][0]).abs().max() > 0.1, "dropout is off"

@@ -33,45 +33,78 @@ def row_keys(sample_keys: Tensor, positions: Tensor) -> Tensor:
     return mix(mix(low) ^ high ^ (positions.to(torch.int32) * _GOLDEN))
 
 
-def keep_mask(keys: Tensor, site: int, num_columns: int, keep_prob: float) -> tuple[Tensor, float]:
-    """Draw which elements live.
+def keep_bits(keys: Tensor, site: int, num_columns: int, keep_prob: float) -> tuple[Tensor, float]:
+    """Draw which elements of rows live.
 
     Args:
-        keys: int32, [..., 1].
+        keys: int32, [T, 1].
         site: which dropout of the model it is.
-        num_columns: the size of the last dimension.
+        num_columns: H.
         keep_prob: the probability to live.
 
     Returns:
-        Bool [..., num_columns], and the scale that makes up for what is dropped.
+        Int32 [T, H], all bits set where an element lives and none where not, and the scale that makes up for what is
+        dropped.
     """
-    kept = min(round(keep_prob * (1 << 16)), (1 << 16) - 1)
     columns = torch.arange((num_columns + 1) // 2, dtype=torch.int32, device=keys.device) * _GOLDEN
-    bits = mix(mix(keys + site) ^ columns).view(torch.int16)[..., :num_columns]
-    return bits < kept - (1 << 15), (1 << 16) / max(kept, 1)
+    return _decide(mix(mix(keys + site) ^ columns), -1, num_columns, keep_prob)
+
+
+def keep_probs_bits(keys: Tensor, site: int, num_heads: int, keep_prob: float) -> tuple[Tensor, float]:
+    """Draw which probabilities of attention live, by the keys [B, L] of the query rows; [B, n, L, L].
+
+    Two heads share the bits, not two columns: a mask must not depend on how long the longest sequence is.
+    """
+    heads = torch.arange((num_heads + 1) // 2, dtype=torch.int32, device=keys.device)[:, None] * _GOLDEN
+    columns = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device) * _GOLDEN
+    rows = mix(mix(keys[:, None, :] ^ heads) + site)
+    return _decide(mix(rows[..., None] ^ columns), 1, num_heads, keep_prob)
+
+
+def _decide(pairs: Tensor, dim: int, size: int, keep_prob: float) -> tuple[Tensor, float]:
+    """Decide two elements by each 32 bits: along ``dim`` the lower 16 are for the first half of them."""
+    kept = min(round(keep_prob * (1 << 16)), (1 << 16) - 1)
+    half, rest = pairs.shape[dim], size - pairs.shape[dim]
+    shape = list(pairs.shape)
+    shape[dim] = size
+    bits = pairs.new_empty(shape)
+    # A difference is negative where its element lives, and the shift spreads its sign. Comparisons, which give bool,
+    # are not vectorised on a CPU.
+    torch.bitwise_right_shift((pairs & 0xFFFF).sub_(kept), 31, out=bits.narrow(dim, 0, half))
+    upper = pairs.narrow(dim, 0, rest) >> 16
+    torch.bitwise_right_shift(upper.sub_(kept - (1 << 15)), 31, out=bits.narrow(dim, half, rest))
+    return bits, (1 << 16) / max(kept, 1)
+
+
+def keep_where(x: Tensor, bits: Tensor) -> Tensor:
+    """Return ``x`` with zeros where ``bits``, of one shape, are none.
+
+    Per million float32 elements 0.25 ms on a CPU, where a bool mask takes 1.2 to 1.9 ms (one Zen 3 core, torch 2.13,
+    2026-11-21).
+    """
+    if x.dtype is torch.float32:
+        return (x.view(torch.int32) & bits).view(torch.float32)
+    return torch.where(bits.bool(), x, x.new_zeros(()))
 
 
 class _Masked(torch.autograd.Function):
     """x · mask · scale, which saves nothing but the mask."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(mask)
+    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(bits)
         ctx.scale = scale
-        return torch.ops.aten.native_dropout_backward(x, mask, scale)
+        return keep_where(x, bits).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
-        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None, None
+        (bits,) = ctx.saved_tensors
+        return _Masked.apply(grad, bits, ctx.scale), None, None
 
 
 def keyed_dropout(x: Tensor, keys: Tensor, site: int, prob: float) -> Tensor:
-    """Zero elements of ``x`` [..., columns] with the probability ``prob``, by keys [..., 1]; scale up the rest."""
-    if prob <= 0:
-        return x
-    mask, scale = keep_mask(keys, site, x.shape[-1], 1 - prob)
-    return _Masked.apply(x, mask.expand_as(x), scale)
+    """Zero elements of ``x`` [T, H] with the probability ``prob``, by keys [T, 1]; scale up the rest."""
+    return x if prob <= 0 else _Masked.apply(x, *keep_bits(keys, site, x.shape[-1], 1 - prob))
 
 
 class Dropout(nn.Dropout):
@@ -91,9 +124,7 @@ class Dropout(nn.Dropout):
 
     def attention(self, probs: Tensor, keys: Tensor) -> Tensor:
         """Drop attention probabilities [B, n, L, L] by the keys of the query rows, [B, L]."""
-        heads = torch.arange(probs.shape[1], dtype=torch.int32, device=keys.device)[:, None, None]
-        keys = mix(keys[:, None, :, None] ^ (heads * _GOLDEN))
-        return keyed_dropout(probs, keys, self.site, self.p)
+        return _Masked.apply(probs, *keep_probs_bits(keys, self.site, probs.shape[1], 1 - self.p))
 
 
 def number_sites(model: nn.Module) -> None:
