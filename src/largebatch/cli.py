@@ -127,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     bench = commands.add_parser("bench", help="time an optimizer step, BERT or the data path beside installed peers")
     bench.add_argument("what", choices=["optim", "bert", "data"], help="what to time")
-    bench.add_argument("models", nargs="*", help="optim: bert-base ..., resnet-50, 2000x1000; bert: tiny ... large")
+    bench.add_argument(
+        "models", nargs="*", help="optim: bert-base, ..., resnet-50, 2000x1000; bert, data: tiny, ..."
+    )
     bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (default: %(default)s)")
     bench.add_argument("--rounds", type=int, help="rounds that count (default: 20, 10 and 3)")
     bench.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -142,6 +144,12 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--micro-batch", type=int, default=32, help="bert: of them at a time (default: %(default)s)")
     bench.add_argument("--text", type=Path, help="data: a plain text file (default: the shipped one)")
     bench.add_argument("--vocab", type=Path, help="data: a vocab.txt (default: 8,192 pieces, trained first)")
+    bench.add_argument(
+        "--grow-to", type=int, default=0, metavar="MB", help="data: show the memory on the text repeated to this size"
+    )
+    bench.add_argument(
+        "--google", type=Path, metavar="PYTHON", help="data: an interpreter with tensorflow and tf-models-official"
+    )
     bench.add_argument("--out", type=Path, help="a JSON file for the figures")
     bench.set_defaults(command=_bench)
     return parser
@@ -181,7 +189,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from largebatch.experiments.commands import prepare
+    from largebatch.experiments.preparing import prepare
 
     return prepare(options)
 

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,30 +98,68 @@ def _bert(options: argparse.Namespace, device: torch.device) -> Rows:
 def _data(options: argparse.Namespace, device: torch.device) -> Rows:
     from .data import bench_data
 
-    text: Path | None = options.text
-    if text is not None and not text.is_file():
-        raise UserError(f"{text}: no such file; name a plain text file")
-    rows = bench_data(text, options.vocab, repeats=options.rounds or 3)
-    preparing = [row for row in rows if row["benchmark"] == "preparing"]
-    show_table(
-        f"Preparing {preparing[0]['megabytes']:.1f} MB on {preparing[0]['cores']} cores",
-        ["", "s", "MB/s", "ratio"],
-        [[row["name"], f"{row['s']:.1f}", f"{row['mb_per_s']:.1f}", f"{row['ratio']:.2f}"] for row in preparing],
-    )
-    show_table(
-        "Instances, one thread",
-        ["", "per s", "token by token", "ratio", "epoch's table, s"],
-        [
-            [
-                row["name"],
-                f"{row['per_s']:,.0f}",
-                f"{row['reference_per_s']:,.0f}",
-                f"{row['ratio']:.0f}",
-                f"{row['table_s']:.2f}",
-            ]
-            for row in rows
-            if "table_s" in row
-        ],
-    )
-    print(f"peak memory of this process: {rows[-1]['mb']:.0f} MB")
+    for path in (options.text, options.vocab, options.google):
+        if path is not None and not path.exists():
+            raise UserError(f"{path}: no such file")
+    rows = bench_data(
+        options.text, options.vocab, repeats=options.rounds or 3, sizes=options.models or ["tiny", "mini"],
+        grow_to=options.grow_to * 1_000_000, google=options.google, say=_say,
+    )  # fmt: skip
+    tables: dict[str, Rows] = {}
+    for row in rows:
+        tables.setdefault(row["benchmark"], []).append(row)
+    for title, own in tables.items():
+        header, cells = _DATA_TABLES[title]
+        show_table(title[0].upper() + title[1:], ["", *header], [[row["name"], *cells(row)] for row in own])
     return rows
+
+
+_DATA_TABLES: dict[str, tuple[list[str], Callable[[dict[str, Any]], list[str]]]] = {
+    "preparing": (
+        ["MB", "cores", "s", "MB/s", "tokens/s", "MB/s of CPU time", "ratio"],
+        lambda row: [
+            f"{row['megabytes']:.1f}",
+            str(row["cores"]),
+            f"{row['s']:.1f}",
+            f"{row['mb_per_s']:.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['mb_per_cpu_s']:.2f}",
+            f"{row['ratio']:.2f}",
+        ],
+    ),
+    "memory of preparing": (
+        ["MB of text", "s", "peak MB"],
+        lambda row: [
+            f"{row['megabytes']:.0f}",
+            f"{row['s']:.0f}",
+            "not known here" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+        ],
+    ),
+    "instances, one core": (
+        ["per s", "token by token", "ratio", "epoch's table, s"],
+        lambda row: [
+            f"{row['per_s']:,.0f}",
+            f"{row['reference_per_s']:,.0f}",
+            f"{row['ratio']:.0f}",
+            f"{row['table_s']:.2f}",
+        ],
+    ),
+    "text to ten epochs of instances, one core": (
+        ["MB", "CPU s", "MB/s", "ratio"],
+        lambda row: [
+            f"{row['megabytes']:.1f}",
+            f"{row['cpu_s']:.2f}",
+            f"{row['mb_per_cpu_s']:.3f}",
+            f"{row['ratio']:.1f}",
+        ],
+    ),
+    "loader beside training": (
+        ["step, ms", "sequences", "instances per CPU s", "wait", "its CPU time", "all it costs"],
+        lambda row: [
+            f"{row['step_ms']:.0f}",
+            str(row["batch_size"]),
+            f"{row['instances_per_cpu_s']:,.0f}",
+            *(f"{row[share]:.2%}" for share in ("wait_share", "cpu_share", "cost_share")),
+        ],
+    ),
+}

@@ -77,8 +77,9 @@ def tokenise_blocks(
             future.result()
     except BrokenProcessPool:
         raise RuntimeError(
-            "a worker process ended without a word (out of memory?); the same command continues where this one "
-            "stopped, and fewer workers need less memory"
+            "a worker process ended without a word: out of memory, or a calling script that is not under "
+            '`if __name__ == "__main__":`; the same command continues where this one stopped, and fewer workers need '
+            "less memory"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -26,8 +26,8 @@ from .workspace import Workspace
 _PROCEDURE = 1
 # A compressed file is taken to hold this many times its size when work is planned.
 _EXPANSION = 4
-# Below this a pool of processes costs more than it saves.
-_MIN_PARALLEL_BYTES = 48 << 20
+# Below this a pool of processes saves less than a second or two, and asks of the caller that its script be importable.
+_MIN_PARALLEL_BYTES = 16 << 20
 
 
 def prepare(

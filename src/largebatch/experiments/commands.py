@@ -108,39 +108,6 @@ def show_summary(summary: dict[str, Any], out: Path) -> None:
         print(f"note: {note}")
 
 
-def _part(text: str) -> tuple[int, int]:
-    try:
-        k, n = map(int, text.split("/"))
-    except ValueError:
-        raise UserError(f"--part {text}: give k/n, as 3/8 for the third of eight parts") from None
-    return k, n
-
-
-def prepare(options: argparse.Namespace) -> int:
-    """`largebatch prepare`."""
-    from largebatch.data import prepare as prepare_corpus
-    from largebatch.data import prepare_part, render_report
-
-    settings = {
-        "vocab": options.vocab,
-        "vocab_size": options.vocab_size,
-        "lowercase": not options.cased,
-        "text_field": options.text_field,
-        "heldout": options.heldout,
-        "workers": options.workers,
-        "progress": sys.stderr.isatty(),
-    }
-    if options.part is not None:
-        blocks = prepare_part(options.inputs, options.out, _part(options.part), **settings)
-        print(f"part {options.part} is done, in {options.out}.partial (blocks of about 4 MB: {blocks})")
-        print("When all parts are done, the same command without --part puts them together.")
-        return 0
-    manifest = prepare_corpus(options.inputs, options.out, **settings)
-    print(render_report(manifest))
-    print(f"corpus: {options.out}")
-    return 0
-
-
 def finetune(options: argparse.Namespace) -> int:
     """`largebatch finetune squad`."""
     out = options.out or Path("runs/squad")
