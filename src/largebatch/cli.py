@@ -127,9 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     bench = commands.add_parser("bench", help="time an optimizer step, BERT or the data path beside installed peers")
     bench.add_argument("what", choices=["optim", "bert", "data"], help="what to time")
-    bench.add_argument(
-        "models", nargs="*", help="optim: bert-base, ..., resnet-50, 2000x1000; bert, data: tiny, ..."
-    )
+    bench.add_argument("models", nargs="*", help="optim: bert-base, ..., resnet-50, 2000x1000; bert, data: tiny, ...")
     bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (default: %(default)s)")
     bench.add_argument("--rounds", type=int, help="rounds that count (default: 20, 10 and 3)")
     bench.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")

@@ -36,9 +36,18 @@ def bench_instances(corpus: Corpus, length: int, whole_words: bool, repeats: int
     instances.batch(0, indices[:512])
     rate = len(indices) / statistics.median(cpu_seconds(lambda: instances.batch(0, indices)) for _ in range(repeats))
     documents = [[sentence.tolist() for sentence in split.document(index)] for index in range(min(20, len(split)))]
-    options = {"max_predictions": instances.max_predictions, "whole_word_masking": whole_words}
     start = time.process_time()
-    made = len(reference_epoch(documents, split.vocabulary, length, seed=0, epoch=0, **options))
+    made = len(
+        reference_epoch(
+            documents,
+            split.vocabulary,
+            length,
+            seed=0,
+            epoch=0,
+            max_predictions=instances.max_predictions,
+            whole_word_masking=whole_words,
+        )
+    )
     reference = made / (time.process_time() - start)
     return {
         "benchmark": "instances, one core",
@@ -95,6 +104,8 @@ def bench_loader(corpus: Path, size: str, *, steps: int = 100, batch_size: int =
     waits: list[float] = []
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for number in range(-_TURN, steps, _TURN):  # the first turn warms up
+        if number == 0:
+            cpu_s.clear()
         for loading, run in ((True, with_loader), (False, without)):
             if loading:
                 turn.set()
@@ -109,7 +120,7 @@ def bench_loader(corpus: Path, size: str, *, steps: int = 100, batch_size: int =
     with_loader.close()
     without.close()
     step_s = statistics.median(seconds[True])
-    per_batch_s = statistics.median(cpu_s)
+    per_batch_s = statistics.fmean(cpu_s)  # some batches are made together with others
     return {
         "benchmark": "loader beside training",
         "name": f"bert-{size}",

@@ -1,0 +1,70 @@
+"""The batches of pre-training, read ahead in larger lots: those that were asked for, one by one, and in any cut.
+
+Guards: instances are made for many micro-batches and steps at once. A row given to its neighbour, or masked positions
+off by a lot's beginning, would train on noise and show in no loss curve of the first hours.
+"""
+
+import dataclasses
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from largebatch.data import SampleStream, dropout_keys
+from largebatch.experiments import pretraining, recipes
+from largebatch.experiments.config import BertChoice, StageConfig, TextData
+from largebatch.experiments.pretraining import PretrainingWorkload, as_micro_batch
+
+
+def workload(corpus: Path, batch_size: int, micro_batch_size: int) -> PretrainingWorkload:
+    stage = StageConfig("seq64", batch_size, 10, sequence_length=64, micro_batch_size=micro_batch_size)
+    config = dataclasses.replace(
+        recipes.get("bert-tiny"),
+        model=BertChoice("tiny"),
+        data=TextData(path=str(corpus)),
+        stages=(stage,),
+        dropout_masks="keyed",
+    )
+    return PretrainingWorkload(config)
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch_size"), [(24, 24), (20, 8), (150, 64), (24, 1)])
+def test_read_ahead_or_not_the_batches_are_the_same(
+    corpus: Path, batch_size: int, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against instances made for each epoch's rows of each micro-batch; over the end of an epoch, from within one."""
+    work = workload(corpus, batch_size, micro_batch_size)
+    instances = work._train[0]
+    num = instances.num_instances(0)
+    cursor = {"epoch": 0, "position": num - 30}
+    monkeypatch.setattr(pretraining, "_READ_AHEAD", 100)
+    stream = SampleStream(instances.num_instances, seed=0)
+    crossed = False
+    for batch in islice(work.batches(0, {"stage": 0, **cursor}), 7):
+        pieces, cursor = stream.take(cursor, batch_size)
+        crossed |= len(pieces) > 1
+        assert batch.cursor == {"stage": 0, **cursor}
+        expected = [(epoch, index) for epoch, indices in pieces for index in indices.tolist()]
+        assert batch.num_sequences == batch.totals["sequences"] == len(expected) == batch_size
+        assert [len(each["input_ids"]) for each in batch.micro_batches] == [
+            min(micro_batch_size, batch_size - first) for first in range(0, batch_size, micro_batch_size)
+        ]
+        tokens = masked = row = 0
+        for micro_batch in batch.micro_batches:
+            positions, labels = micro_batch["masked_positions"], micro_batch["masked_labels"]
+            masked += len(labels)
+            for own in range(len(micro_batch["input_ids"])):
+                epoch, index = expected[row]
+                row += 1
+                alone = as_micro_batch(instances.batch(epoch, np.array([index])))
+                mine = (positions // 64) == own
+                assert torch.equal(positions[mine] - 64 * own, alone["masked_positions"])
+                assert torch.equal(labels[mine], alone["masked_labels"])
+                for name in ("input_ids", "token_type_ids", "attention_mask", "next_sentence_labels"):
+                    assert torch.equal(micro_batch[name][own], alone[name][0]), name
+                assert micro_batch["dropout_keys"][own] == dropout_keys(0, epoch, np.array([index]))[0]
+                tokens += int(alone["attention_mask"].sum())
+        assert (batch.num_tokens, batch.totals["masked"]) == (tokens, masked)
+    assert crossed
