@@ -78,9 +78,8 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_bert_and_data(tmp_path: Path) -> None:
+def test_bert(tmp_path: Path) -> None:
     assert main(["bench", "bert", "tiny", "--rounds", "1", "--sequences", "4", "--out", str(tmp_path / "b.json")]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())["figures"]
     assert rows[0]["name"] == "largebatch"
     assert 0 < rows[0]["mfu"] < 1
-    assert main(["bench", "data", "--rounds", "1"]) == 0

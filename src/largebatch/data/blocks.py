@@ -55,6 +55,9 @@ def read_blocks(
 ) -> Iterator[Block]:
     """All inputs as blocks of about `BLOCK_BYTES`, small files together; the cuts depend on nothing but the inputs.
 
+    A piece of a file ends with a document, so it is a little smaller than a block and yet one of its own: a block is
+    full from half its size on.
+
     Args:
         advance: told how many bytes more of the input files have been read.
     """
@@ -64,7 +67,7 @@ def read_blocks(
         for piece, piece_bytes in _read_pieces(source, text_field, advance):
             block.append(piece)
             size += piece_bytes
-            if size >= BLOCK_BYTES:
+            if size >= BLOCK_BYTES // 2:
                 yield block
                 block, size = [], 0
     if block:

@@ -23,7 +23,7 @@ from .wordpiece import train_vocabulary
 from .workspace import Workspace
 
 # Changes whenever the same input and settings would give other bytes, so that no half-done work is carried over.
-_PROCEDURE = 1
+_PROCEDURE = 2
 # A compressed file is taken to hold this many times its size when work is planned.
 _EXPANSION = 4
 # Below this a pool of processes saves less than a second or two, and asks of the caller that its script be importable.
