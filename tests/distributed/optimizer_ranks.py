@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ranks import Collectives, on_ranks
-from skewed import OPTIMIZERS, STEPS, Layers, break_gradient, build, gradient
+from skewed import EACH_KIND, OPTIMIZERS, STEPS, Layers, break_gradient, build, gradient
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -204,7 +204,11 @@ def on_eight(rank: int) -> dict[str, Any]:
     """18 rows on 8 ranks: three each, and none for the last two."""
     model = by_row()
     assert len(model.embedding.to_local()) == (3 if rank < 6 else 0)
-    return {"by_row/lamb": train(model, build("lamb", list(model.parameters())))}
+    results = {}
+    for name in EACH_KIND:
+        model = by_row()
+        results[f"by_row/{name}"] = train(model, build(name, list(model.parameters())))
+    return results
 
 
 def on_few(rank: int) -> dict[str, Any]:
@@ -212,7 +216,7 @@ def on_few(rank: int) -> dict[str, Any]:
     some = ("lamb", "lamb-bf16-state", "layerwise") if many else ("lamb",)
     results: dict[str, Any] = {}
     for sharding, make in SHARDINGS.items():
-        for name in OPTIMIZERS if sharding == "fsdp" and many else some:
+        for name in (OPTIMIZERS if many else EACH_KIND) if sharding == "fsdp" else some:
             model = make()
             results[f"{sharding}/{name}"] = train(model, build(name, list(model.parameters())))
     for name in (*some, "lamb-linf", "lars2017") if many else some:

@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "lars2017": (LARS, {"lr": 1e-2, "form": "2017", "trust_coefficient": 0.1}),
     "layerwise": (Layerwise, {"lr": 1e-2}),
 }
+EACH_KIND = ("lamb", "nlamb", "nnlamb", "lars", "layerwise")
 
 
 class Layers(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from skewed import OPTIMIZERS, STEPS, Layers, break_gradient, build, gradient
+from skewed import EACH_KIND, OPTIMIZERS, STEPS, Layers, break_gradient, build, gradient
 
 PROGRAM = Path(__file__).with_name("optimizer_ranks.py")
 
@@ -76,9 +76,10 @@ CASES = [
     *[(4, "zero_redundancy", name) for name in ("lamb", "lamb-linf", "lars2017")],
     *[
         (2, sharding, "lamb")
-        for sharding in ("fsdp", "hsdp", "by_row", "by_column", "fsdp_by_column", "flat", "zero_redundancy")
+        for sharding in ("hsdp", "by_row", "by_column", "fsdp_by_column", "flat", "zero_redundancy")
     ],
-    (8, "by_row", "lamb"),
+    *[(2, "fsdp", name) for name in EACH_KIND],
+    *[(8, "by_row", name) for name in EACH_KIND],
 ]
 
 

@@ -160,10 +160,12 @@ def test_ranks_share_a_batch_without_gap_or_overlap(corpus: Path, monkeypatch: p
     assert len(keys.unique()) == 32  # no two visits share a key
 
 
-def test_a_sharded_run_is_exported_for_transformers(many: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["4, ddp, then 1", "4, ddp, then 2, fsdp", "2, fsdp, then 4, hsdp"])
+def test_a_resumed_run_is_exported_for_transformers(many: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Whatever ranks its last checkpoint was written by."""
     transformers = pytest.importorskip("transformers")
-    export_to_hf(many["2, fsdp, then 4, hsdp"], tmp_path / "hf")
+    export_to_hf(many[name], tmp_path / "hf")
     model = transformers.BertForPreTraining.from_pretrained(tmp_path / "hf")
     loaded = model.state_dict()
-    for key, x in final_weights(many["2, fsdp, then 4, hsdp"]).items():
+    for key, x in final_weights(many[name]).items():
         assert torch.equal(loaded[key], x), key
