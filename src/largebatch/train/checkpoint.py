@@ -83,7 +83,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
             keys[name] = [full.removeprefix(prefix) for full in stored if full.startswith(prefix)]
             for key in keys[name]:
                 kept = stored[prefix + key]
-                # On the CPU, from where the optimizer copies it to wherever its state lives; shards stay with their mesh.
+                # On the CPU, from where the optimizer copies it to where its state lives; shards stay with their mesh.
                 shard = kept.shape == parameter.shape and hasattr(parameter, "placements")
                 made = torch.empty_like(parameter, dtype=kept.dtype) if shard else torch.empty_like(kept, device="cpu")
                 read[prefix + key] = made
