@@ -15,7 +15,11 @@ import largebatch
 
 NATIVE = Path(largebatch.__file__).parent / "optim" / "native"
 FUZZ = Path(__file__).with_name("native_fuzz.c")
-VARIANTS = {"baseline": [], "avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+VARIANTS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
 MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREADS = ["-fsanitize=thread"]
 
@@ -79,14 +83,14 @@ def test_processors_without_avx2(tmp_path: Path, processor: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        ("for (int i = whole; i < (n); i++)", "for (int i = whole; i <= (n); i++)"),  # one past the end
+        ("part.n -= part.n % LANES;", "part.n += part.n % LANES;"),  # past the end
         ("place += run * origin.skip", "place += (1 << (run + 40)) * origin.skip"),  # a shift too far
-        ("{ BLOCK = 2048,", "{ BLOCK = 1024,"),  # another size of block is no error: the control
+        ("{ BLOCK = 2048 }", "{ BLOCK = 1024 }"),  # another size of block is no error: the control
     ],
     ids=["overrun", "shift", "control"],
 )
 def test_the_sanitizers_see_what_is_wrong(tmp_path: Path, change: tuple[str, str]) -> None:
     result = run(compiled(tmp_path, MEMORY, change), 1, 100)
     assert (result.returncode == 0) is change[0].startswith("{")
-    assert ("ERROR: AddressSanitizer" in result.stderr) is change[0].startswith("for")
+    assert ("ERROR: AddressSanitizer" in result.stderr) is change[0].startswith("part")
     assert ("runtime error: shift" in result.stderr) is change[0].startswith("place")

@@ -21,7 +21,7 @@ HALF_UNIT = 2.0**-8  # bfloat16: to the nearest number of it, at most this part 
 
 
 def rounded(values: Tensor, step: int, **settings: Any) -> Tensor:
-    return precision.round_stochastically(values, precision.seed_of(step, 3, 0), **settings)
+    return precision.round_stochastically(values, precision.seed_of(step, 3), **settings)
 
 
 def nearest(target: Tensor, value: Tensor, *_: Any, **__: Any) -> None:
@@ -54,8 +54,8 @@ def test_the_noise_is_of_the_step_the_layer_the_state_and_the_element() -> None:
     ups = {
         "a step": rounded(values, 1) > 1,
         "the next": rounded(values, 2) > 1,
-        "another layer": precision.round_stochastically(values, precision.seed_of(1, 4, 0)) > 1,
-        "the other state": precision.round_stochastically(values, precision.seed_of(1, 3, 1)) > 1,
+        "another layer": precision.round_stochastically(values, precision.seed_of(1, 4)) > 1,
+        "the other state": rounded(values, 1, state=1) > 1,
         "further on": rounded(values, 1, first=4096) > 1,
     }
     for name, up in ups.items():

@@ -120,26 +120,29 @@ def test_tiles_beyond_32_bits_keep_their_places() -> None:
 )
 def test_the_noise_of_rounding_goes_on_beyond_32_bits(origin: precision.Origin) -> None:
     # Pieces that meet at 2^31 and at 2^32 round as one piece across the border does.
-    seed, values = precision.seed_of(3.0, 0, 0), torch.rand(1000)
+    seed, values = precision.seed_of(3.0, 0), torch.rand(1000)
     for border in (2**31, 2**32):
-        across = precision.round_stochastically(values, seed, border - 500, origin)
+        across = precision.round_stochastically(values, seed, 0, border - 500, origin)
         pieces = [
-            precision.round_stochastically(values[:500], seed, border - 500, origin),
-            precision.round_stochastically(values[500:], seed, border, origin),
+            precision.round_stochastically(values[:500], seed, 0, border - 500, origin),
+            precision.round_stochastically(values[500:], seed, 0, border, origin),
         ]
         assert torch.equal(across, torch.cat(pieces))
-    # The noise repeats after 2^32 elements, and not after 2^31.
-    first, half, whole = (precision.round_stochastically(values, seed, at) for at in (0, 2**31, 2**32))
-    assert torch.equal(first, whole)
-    assert not torch.equal(first, half)
+    # The noise repeats after 2^29 elements for the first state, after 2^32 for the second, and not before.
+    for state, period in enumerate((2**29, 2**32)):
+        first, half, whole = (
+            precision.round_stochastically(values, seed, state, at) for at in (0, period // 2, period)
+        )
+        assert torch.equal(first, whole)
+        assert not torch.equal(first, half)
 
 
 @pytest.mark.parametrize("border", [2**31, 2**32])
 @pytest.mark.parametrize("origin", [precision.Origin(start=2**31), precision.Origin(7, run=10, skip=30)], ids=str)
 def test_a_shard_rounds_as_the_whole_layer_does_beyond_32_bits(origin: precision.Origin, border: int) -> None:
-    seed, values = precision.seed_of(3.0, 0, 0), torch.rand(64)
-    together = precision.round_stochastically(values, seed, border - 32, origin)
+    seed, values = precision.seed_of(3.0, 0), torch.rand(64)
+    together = precision.round_stochastically(values, seed, 0, border - 32, origin)
     for i, value in enumerate(values):
         local = border - 32 + i
         in_the_layer = origin.start + local + local // origin.run * origin.skip
-        assert together[i] == precision.round_stochastically(value.view(1), seed, in_the_layer)
+        assert together[i] == precision.round_stochastically(value.view(1), seed, 0, in_the_layer)

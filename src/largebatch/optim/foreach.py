@@ -253,12 +253,12 @@ def in_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 def write(bucket: Bucket, state: dict[str, Tensors], layers: Sequence[Layer]) -> None:
     """Put the state back where it was copied from, rounded, and read what it became."""
-    for salt, (key, values) in enumerate(state.items()):
+    for which, (key, values) in enumerate(state.items()):
         targets = bucket.state[key]
         if values is targets:
             continue
         for target, value, owner, start in zip(targets, values, bucket.owners, bucket.starts, strict=True):
-            store(target, value, layers[owner], salt, start)
+            store(target, value, layers[owner], which, start)
             value.copy_(target)
 
 

@@ -46,18 +46,32 @@ def mix(h: Tensor) -> Tensor:
     return h
 
 
-def seed_of(t: float | Tensor, position: int, salt: int) -> Tensor:
-    """Return the 0-D int32 seed for one state tensor (``salt``) of one layer (``position``) at one step (``t``)."""
+def seed_of(t: float | Tensor, position: int) -> Tensor:
+    """Return the 0-D int32 seed for the states of one layer (``position``) at one step (``t``)."""
     step = t.detach().clone() if isinstance(t, Tensor) else torch.tensor(t)
-    return mix(mix(step.to(torch.int32)) + (8 * position + salt))
+    return mix(mix(step.to(torch.int32)) + position)
 
 
-def round_stochastically(value: Tensor, seed: Tensor, first: int = 0, origin: Origin = WHOLE) -> Tensor:
+def noise(index: Tensor, seed: Tensor, state: int) -> Tensor:
+    """Return 16 bits of noise for each element (``index``, int32), for the first or the second ``state`` of a layer.
+
+    A Weyl sequence from the seed, then one round of shift and multiplication, of which one state takes the lower half
+    and the other the upper. That is a third of the work of `mix`, on which the speed of a step depends, and elements
+    up to 65,536 apart are as independent of one another (dev/LOG.md). It repeats after 2^29 and 2^32 elements.
+    """
+    h = index * (0x9E3779B1 - (1 << 32)) + seed
+    h ^= (h >> 13) & 0x7FFFF
+    h *= 0x846CA68B - (1 << 32)
+    return (h >> 16 if state else h) & 0xFFFF
+
+
+def round_stochastically(value: Tensor, seed: Tensor, state: int = 0, first: int = 0, origin: Origin = WHOLE) -> Tensor:
     """Return float32 ``value`` with the lower half of its bits rounded off, up or down by chance.
 
     Args:
         value: float32; it becomes exactly representable in bfloat16.
         seed: 0-D int32.
+        state: whether this is the first (0) or the second (1) state of its layer, whose noises are independent.
         first: the position of the first element in what this process holds of the layer.
         origin: where in the layer that lies. The noise depends on the position in the whole layer. Positions are those
             in memory, whatever the order of the dimensions.
@@ -68,16 +82,16 @@ def round_stochastically(value: Tensor, seed: Tensor, first: int = 0, origin: Or
     if origin.skip:
         rows = torch.div(index.long() + first, origin.run, rounding_mode="floor")  # `first` may be beyond 32 bits
         index += (rows * origin.skip).to(torch.int32)  # which wraps around, as all of the noise does
-    noise = mix(index + start + seed) & 0xFFFF
-    rounded = ((value.view(torch.int32) + noise) & -0x10000).view(torch.float32)
+    bits = value.view(torch.int32) + noise(index + start, seed, state)
+    rounded = (bits & -0x10000).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value)
 
 
-def store(target: Tensor, value: Tensor, layer: Any, salt: int, first: int = 0) -> None:
-    """Write ``value`` into a state tensor of a `backends.Layer`, stochastically rounded if that is bfloat16."""
+def store(target: Tensor, value: Tensor, layer: Any, state: int, first: int = 0) -> None:
+    """Write ``value`` into one of the states of a `backends.Layer`, stochastically rounded if that is bfloat16."""
     if target.dtype is torch.bfloat16:
-        seed = seed_of(layer.hyper.t, layer.position, salt)
-        value = round_stochastically(value.float(), seed, first, layer.origin)
+        seed = seed_of(layer.hyper.t, layer.position)
+        value = round_stochastically(value.float(), seed, state, first, layer.origin)
     target.copy_(value)
 
 

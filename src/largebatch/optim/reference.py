@@ -129,8 +129,8 @@ def read(layer: Layer) -> State:
 
 def write(layer: Layer, state: State) -> None:
     """Put the new state in the old one's place."""
-    for salt, (key, value) in enumerate(state.items()):
-        store(layer.state[key], value, layer, salt)
+    for which, (key, value) in enumerate(state.items()):
+        store(layer.state[key], value, layer, which)
 
 
 BACKEND = Reference()

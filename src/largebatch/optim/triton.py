@@ -136,7 +136,7 @@ class Triton(Backend):
             number = numbered.setdefault((id(layer.hyper), id(layer.ratio)), len(numbered))
             addresses = [a.data_ptr() for a in (x, rounded, g, *state, *state)][:5]
             rows.append(
-                [*addresses, x.numel(), num_chunks, 8 * layer.position, *layer.origin, number, owner]
+                [*addresses, x.numel(), num_chunks, layer.position, *layer.origin, number, owner]
             )  # in the order of COLUMNS
             num_chunks += -(-x.numel() // CHUNK)
         device = own[0].x.device

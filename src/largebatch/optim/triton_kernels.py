@@ -98,13 +98,21 @@ def mix(h):
 
 
 @triton.jit
-def write_state(pointer, index, inside, masked: tl.constexpr, value, seed, origin):
+def noise_of(place, seed, state: tl.constexpr):
+    """As `precision.noise`."""
+    h = place * 0x9E3779B1 + seed
+    h = (h ^ (h >> 13)) * 0x846CA68B
+    return h >> 16 if state else h & 0xFFFF
+
+
+@triton.jit
+def write_state(pointer, index, inside, masked: tl.constexpr, value, state: tl.constexpr, seed, origin):
     """Store a state, which bfloat16 rounds by chance as `precision.store` does; return what it became."""
     dtype: tl.constexpr = pointer.dtype.element_ty
     if dtype == tl.bfloat16:
         start, run, skip = origin
         place = index + start + (index // run) * skip
-        noise = mix(place.to(tl.uint32) + seed) & 0xFFFF
+        noise = noise_of(place.to(tl.uint32), seed, state)
         bits = value.to(tl.uint32, bitcast=True)
         rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
         value = tl.where((bits & 0x7F800000) == 0x7F800000, value, rounded)
@@ -171,7 +179,7 @@ def lars_average(x, g, m, numbers):
 
 @triton.jit
 def direct_block(
-    at, index, inside, totals, sign, numbers, averages, seeds, origin,
+    at, index, inside, totals, sign, numbers, averages, seed, origin,
     rule: tl.constexpr, norm: tl.constexpr, compute: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     x_at, g_at, m_at, v_at = at
@@ -182,12 +190,12 @@ def direct_block(
         beta1, rest1, beta2, rest2 = averages
         m = beta1 * read(m_at, index, inside, masked, compute) + rest1 * g
         v = beta2 * read(v_at, index, inside, masked, compute) + rest2 * (g * g)
-        m = write_state(m_at, index, inside, masked, m, seeds[0], origin)
-        v = write_state(v_at, index, inside, masked, v, seeds[1], origin)
+        m = write_state(m_at, index, inside, masked, m, 0, seed, origin)
+        v = write_state(v_at, index, inside, masked, v, 1, seed, origin)
         u = lamb_u(x, g, m, v, numbers)
     elif rule == "lars":
         m = lars_average(x, g, read(m_at, index, inside, masked, compute), numbers)
-        m = write_state(m_at, index, inside, masked, m, seeds[0], origin)
+        m = write_state(m_at, index, inside, masked, m, 0, seed, origin)
         u = tl.where(numbers[3], lars_average(x, g, m, numbers), m)
     else:
         u = g  # ‖g‖ is what enters the ratio, and the momentum waits for it
@@ -220,8 +228,7 @@ def direct(
     numbers = numbers_of_u(hypers, h, rule, compute)
     beta1, beta2 = number(hypers, h, BETA1), number(hypers, h, BETA2)
     averages = beta1.to(compute), (1 - beta1).to(compute), beta2.to(compute), (1 - beta2).to(compute)
-    seed = mix(number(hypers, h, T).to(tl.int64).to(tl.uint32)) + column(rows, layer, SEED).to(tl.uint32)
-    seeds = mix(seed), mix(seed + 1)
+    seed = mix(mix(number(hypers, h, T).to(tl.int64).to(tl.uint32)) + column(rows, layer, SEED).to(tl.uint32))
 
     totals = tl.zeros((block,), compute), tl.zeros((block,), compute)
     for offset in range(0, size, block):
@@ -230,11 +237,11 @@ def direct(
         inside = index < end
         if first + block <= end:
             totals = direct_block(
-                at, index, inside, totals, sign, numbers, averages, seeds, origin, rule, norm, compute, False
+                at, index, inside, totals, sign, numbers, averages, seed, origin, rule, norm, compute, False
             )
         elif first < end:
             totals = direct_block(
-                at, index, inside, totals, sign, numbers, averages, seeds, origin, rule, norm, compute, True
+                at, index, inside, totals, sign, numbers, averages, seed, origin, rule, norm, compute, True
             )
     tl.store(shares + chunk, joined(totals[0], norm))
     tl.store(shares + num_chunks + chunk, joined(totals[1], norm))

@@ -2,7 +2,7 @@
 
 setup.py compiles it when the package is installed. The mathematics is in kernel.c, who does what in step.c, the threads
 in threads.c; the Python here fills in two tables and calls. Its results are the same bits on any number of threads and
-for every instruction set.
+for every instruction set with fused multiply-adds.
 
 A layer whose tensors do not all lie in memory in the same order without holes is copied for the step, and so is a
 gradient of another order than its parameter's.

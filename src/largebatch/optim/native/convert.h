@@ -43,14 +43,6 @@ static inline uint32_t mix(uint32_t h) {
     return h;
 }
 
-static inline uint16_t upper_half(float a) { return (uint16_t)(bits_of(a) >> 16); }
-
-/* Round to bfloat16, up or down by chance, so that the expected value is exact. The same as
- * `precision.round_stochastically`. NaN stays NaN: where it comes from operands whose lower half is 0, so is its own. */
-static inline float round_by_chance(float a, uint32_t noise) {
-    return float_of((bits_of(a) + (noise & 0xffffu)) & 0xffff0000u);
-}
-
 /* ---- float16 ---- */
 
 static inline float from_float16(uint16_t a) {
@@ -72,6 +64,8 @@ static inline uint16_t to_float16(float a) {
     uint32_t bits = magnitude < 113u << 23 ? subnormal : a == a ? normal : 0x7e00u;
     return (uint16_t)(bits | sign >> 16);
 }
+
+static inline int width_of(int8_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 /* ---- blocks ---- */
 

@@ -1,69 +1,49 @@
 /* The mathematics: each rule as in reference.py, in float32.
  *
- * Each pass of a rule is one loop without branches or calls, so that any compiler vectorises it, and a processor
- * overlaps its divisions with its memory traffic; a loop for each line of the mathematics, over blocks in the level-1
- * cache, took 1.5 times as long. What the loops differ in are constant arguments of inlined functions. This file is
- * compiled once for each instruction set, with VARIANT as the name of the table at its end, and with contraction to
- * fused multiply-adds off: all variants then compute the same bits, on any number of threads.
+ * Each pass of a rule is one loop over vectors without branches or calls, so that a processor overlaps its divisions
+ * with its memory traffic; a loop for each line of the mathematics, over blocks in the level-1 cache, took 1.5 times as
+ * long. What the loops differ in are constant arguments of inlined functions. This file is compiled once for each
+ * instruction set, with VARIANT as the name of the table at its end, and with contraction to fused multiply-adds off:
+ * these are where the code says so, and not in LAMB's state, whose bits are those of the other backends. All instruction
+ * sets that have them compute the same bits, on any number of threads.
  */
-#include "convert.h"
+#include "vector.h"
 
-enum { BLOCK = 2048, LANES = 16 };
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* Said of a loop over tensors of which no two overlap. */
-#ifdef __clang__
-#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define INDEPENDENT _Pragma("GCC ivdep")
-#endif
+enum { BLOCK = 2048 };
 
 /* ---- what is measured of x and of u, as by `norms.measure` ---- */
 
-/* Element i of a block goes to lane i % LANES, whatever the machine's vectors are, so that the order of all sums is
- * fixed. A lane adds up the BLOCK / LANES elements of a block in float32; all beyond is float64. */
+/* A lane adds up the BLOCK / LANES elements of a block in float32; all beyond is float64. */
 struct lanes {
-    float x[LANES], u[LANES];
-    uint32_t good[LANES]; /* no bit is 0 as long as the squares of all elements of the gradient are finite */
+    floats x[VECTORS], u[VECTORS];
+    words good[VECTORS]; /* no bit is 0 as long as the squares of all elements of the gradient are finite */
 };
-
-/* Call something for all elements i < n of a block, with the lane k of each. */
-#define OVER_LANES(n, i, k, ...)                                  \
-    do {                                                          \
-        const int whole = (n) / LANES * LANES;                    \
-        for (int begin = 0; begin < whole; begin += LANES)        \
-            INDEPENDENT for (int k = 0; k < LANES; k++) {         \
-                const int i = begin + k;                          \
-                __VA_ARGS__;                                      \
-            }                                                     \
-        for (int i = whole; i < (n); i++) {                       \
-            const int k = i - whole;                              \
-            __VA_ARGS__;                                          \
-        }                                                         \
-    } while (0)
 
 struct totals {
     double x[LANES], u[LANES];
     uint32_t good;
 };
 
-INLINE float extend(enum norm norm, float sum, float a) {
-    if (norm == L2) return sum + a * a;
-    if (norm == L1) return sum + fabsf(a);
-    return (float)join(LINF, sum, fabsf(a));
+INLINE floats extend(enum norm norm, floats sum, floats a) {
+    if (norm == L2) return multiply_add(a, a, sum);
+    if (norm == L1) return sum + magnitude(a);
+    return larger(sum, magnitude(a));
 }
 
-INLINE void start(struct lanes *lanes) {
-    *lanes = (struct lanes){0};
-    for (int k = 0; k < LANES; k++) lanes->good[k] = UINT32_MAX;
+INLINE struct lanes no_lanes(void) {
+    struct lanes lanes;
+    for (int j = 0; j < VECTORS; j++) {
+        lanes.x[j] = lanes.u[j] = (floats){0};
+        lanes.good[j] = ~(words){0};
+    }
+    return lanes;
 }
 
 INLINE void add_block(enum norm norm, struct totals *totals, const struct lanes *lanes) {
     for (int k = 0; k < LANES; k++) {
-        totals->x[k] = join(norm, totals->x[k], lanes->x[k]);
-        totals->u[k] = join(norm, totals->u[k], lanes->u[k]);
-        totals->good &= lanes->good[k];
+        totals->x[k] = join(norm, totals->x[k], lanes->x[k / WIDTH][k % WIDTH]);
+        totals->u[k] = join(norm, totals->u[k], lanes->u[k / WIDTH][k % WIDTH]);
+        totals->good &= lanes->good[k / WIDTH][k % WIDTH];
     }
 }
 
@@ -84,17 +64,114 @@ static void write_x(const struct layer *layer, int64_t first, int n, const float
     if (layer->rounded) write_block(layer->rounded, layer->rounded_dtype, first, n, x);
 }
 
-/* An element of a gradient, or 0 if its square is not finite. */
-INLINE float usable(float g, uint32_t *good) {
-    const uint32_t is_good = g * g < INFINITY ? UINT32_MAX : 0;
+/* A gradient, with 0 for the elements whose squares are not finite. */
+INLINE floats usable(floats g, words *good) {
+    const words is_good = (words)(g * g < INFINITY);
     *good &= is_good;
-    return float_of(bits_of(g) & is_good);
+    return (floats)((words)g & is_good);
 }
+
+/* ---- blocks ---- */
+
+/* Elements of a layer that are worked on at a time: x and g are widened where they are narrow, states are as they are. */
+struct block {
+    int n;
+    float *x;
+    const float *g;
+    void *state[2];
+    float *u;      /* where the first pass leaves u and the second takes it from, or null */
+    uint32_t seed; /* of the noise of the first element; that of the next is SPREAD more */
+};
+
+struct rooms {
+    float x[BLOCK], g[BLOCK];
+};
+
+/* Return the block that begins with element `first`. Its gradient is `rooms->g` as it comes where none is taken. */
+static struct block block_of(const struct layer *layer, const struct numbers *numbers, int64_t first, int64_t last,
+                             int takes_g, float *u, struct rooms *rooms) {
+    const struct origin origin = layer->origin;
+    int64_t n = last - first < BLOCK ? last - first : BLOCK, place = origin.start + first;
+    if (origin.skip) { /* the block ends where elements of the whole layer are missing */
+        const int64_t run = first / origin.run, left = (run + 1) * origin.run - first;
+        n = n < left ? n : left;
+        place += run * origin.skip;
+    }
+    struct block b = {
+        .n = (int)n,
+        .x = read_block(layer->x, layer->x_dtype, first, (int)n, rooms->x),
+        .g = takes_g ? read_block((void *)layer->g, layer->g_dtype, first, (int)n, rooms->g) : rooms->g,
+        .u = u,
+        .seed = mix(mix(numbers->t) + layer->position) + (uint32_t)place * SPREAD,
+    };
+    for (int k = 0; k < 2; k++)
+        if (layer->state[k]) b.state[k] = (char *)layer->state[k] + first * width_of(layer->state_dtype);
+    return b;
+}
+
+/* What is left of a block beyond the last whole group of LANES, filled up with elements whose u is 0. */
+struct rest {
+    float x[LANES], g[LANES], u[LANES];
+    uint32_t state[2][LANES];
+};
+
+/* Copy the rest of a block, and return it as a block of its own. */
+static struct block take_rest(const struct block *b, int is_narrow, struct rest *rest) {
+    const int n = b->n % LANES, at = b->n - n, width = is_narrow ? 2 : 4;
+    *rest = (struct rest){0};
+    memcpy(rest->x, b->x + at, n * sizeof *rest->x);
+    memcpy(rest->g, b->g + at, n * sizeof *rest->g);
+    if (b->u) memcpy(rest->u, b->u + at, n * sizeof *rest->u);
+    for (int i = 0; i < LANES; i++) rest->state[1][i] = is_narrow ? 0x3f803f80 : 0x3f800000; /* v is 1, not 0 */
+    for (int k = 0; k < 2; k++)
+        if (b->state[k]) memcpy(rest->state[k], (char *)b->state[k] + at * width, n * width);
+    return (struct block){
+        .n = LANES,
+        .x = rest->x,
+        .g = rest->g,
+        .state = {b->state[0] ? rest->state[0] : 0, b->state[1] ? rest->state[1] : 0},
+        .u = b->u ? rest->u : 0,
+        .seed = b->seed + (uint32_t)at * SPREAD,
+    };
+}
+
+/* Put the rest of a block back. */
+static void return_rest(const struct block *b, int is_narrow, const struct rest *rest) {
+    const int n = b->n % LANES, at = b->n - n, width = is_narrow ? 2 : 4;
+    memcpy(b->x + at, rest->x, n * sizeof *rest->x);
+    if (b->u) memcpy(b->u + at, rest->u, n * sizeof *rest->u);
+    for (int k = 0; k < 2; k++)
+        if (b->state[k]) memcpy((char *)b->state[k] + at * width, rest->state[k], n * width);
+}
+
+/* Do something with the whole groups of block `b` as block `part`, and then with its rest as `part`. */
+#define IN_GROUPS(b, is_narrow, part, ...)                                            \
+    do {                                                                              \
+        struct rest rest;                                                             \
+        struct block part = (b);                                                      \
+        part.n -= part.n % LANES;                                                     \
+        for (int is_rest = part.n == 0; is_rest <= ((b).n % LANES != 0); is_rest++) { \
+            if (is_rest) part = take_rest(&(b), is_narrow, &rest);                    \
+            __VA_ARGS__;                                                              \
+            if (is_rest) return_rest(&(b), is_narrow, &rest);                         \
+        }                                                                             \
+    } while (0)
+
+/* Do something for each vector of a group of elements: number j, from element i on. */
+#define IN_VECTORS(group, i, j, ...)                             \
+    for (int j = 0, i = (group); j < VECTORS; j++, i += WIDTH) { \
+        __VA_ARGS__;                                             \
+    }
+
+/* Do something for each vector of a block of whole groups. */
+#define OVER_VECTORS(b, i, j, ...) \
+    for (int group = 0; group < (b)->n; group += LANES) IN_VECTORS(group, i, j, __VA_ARGS__)
 
 /* ---- LAMB, N-LAMB and NN-LAMB ---- */
 
 struct lamb {
     float beta1, one_minus_beta1, beta2, one_minus_beta2, m_scale, g_scale, v_scale, g_sq_scale, eps, weight_decay;
+    float root_scale, scaled_eps; /* m / (root_scale * sqrt(v) + scaled_eps), where u depends on g by m and v alone */
     float keep, step;
     int looks_ahead; /* what LAMB does not, and the others do: u depends on g by more than m and v */
 };
@@ -112,74 +189,75 @@ static struct lamb lamb_of(const struct numbers *h, double ratio) {
         .g_sq_scale = (float)h->g_sq_scale,
         .eps = (float)h->eps,
         .weight_decay = (float)h->weight_decay,
+        .root_scale = (float)(sqrt(h->v_scale) / h->m_scale),
+        .scaled_eps = (float)(h->eps / h->m_scale),
         .keep = (float)h->keep,
         .step = (float)(h->rate * ratio),
         .looks_ahead = h->g_scale != 0 || h->g_sq_scale != 0,
     };
 }
 
-/* A block of a layer: x and g widened where they are narrow, m and v as they are, float32 or bfloat16. */
-struct lamb_block {
-    int n;
-    float *x;
-    const float *g;
-    float *m, *v, *u;
-    uint16_t *narrow_m, *narrow_v;
-    uint32_t m_seed, v_seed; /* of the noise of the first element; that of the next is one more */
-};
-
-INLINE float lamb_m(const struct lamb_block *b, int i, int is_narrow) {
-    return is_narrow ? from_bfloat16(b->narrow_m[i]) : b->m[i];
+/* The state from element i on. */
+INLINE floats load_state(const void *state, int i, int is_narrow) {
+    return is_narrow ? load_bfloat16((const uint16_t *)state + i) : load((const float *)state + i);
 }
 
-INLINE float lamb_v(const struct lamb_block *b, int i, int is_narrow) {
-    return is_narrow ? from_bfloat16(b->narrow_v[i]) : b->v[i];
+/* The state of a group of elements. */
+INLINE void store_state(void *state, int group, const floats a[VECTORS], int is_narrow) {
+    if (is_narrow)
+        store_bfloat16((uint16_t *)state + group, a);
+    else
+        for (int j = 0; j < VECTORS; j++) store((float *)state + group + j * WIDTH, a[j]);
 }
 
-INLINE float lamb_u(float x, float g, float m, float v, struct lamb h, int looks_ahead) {
-    float m_hat = h.m_scale * m, v_hat = h.v_scale * v;
-    if (looks_ahead) {
-        m_hat += h.g_scale * g;
-        v_hat += h.g_sq_scale * (g * g);
+INLINE floats lamb_u(floats x, floats g, floats m, floats v, struct lamb h, int looks_ahead) {
+    floats direction;
+    if (looks_ahead)
+        direction = scale_add(h.g_scale, g, h.m_scale * m) /
+                    (root(scale_add(h.g_sq_scale, g * g, h.v_scale * v)) + h.eps);
+    else
+        direction = m / scale_add(h.root_scale, root(v), broadcast(h.scaled_eps));
+    return scale_add(h.weight_decay, x, direction);
+}
+
+INLINE void lamb_measure(const struct block *b, struct lamb h, struct totals *totals, enum norm norm, int is_narrow,
+                         int looks_ahead) {
+    struct lanes lanes = no_lanes();
+    words place[VECTORS]; /* of an element in the whole layer, times SPREAD, plus the seed */
+    for (int j = 0; j < VECTORS; j++) place[j] = progression(b->seed + j * WIDTH * SPREAD, SPREAD);
+    for (int group = 0; group < b->n; group += LANES) {
+        floats m[VECTORS], v[VECTORS];
+        IN_VECTORS(group, i, j, {
+            const floats x = load(b->x + i), g = usable(load(b->g + i), &lanes.good[j]);
+            m[j] = h.beta1 * load_state(b->state[0], i, is_narrow) + h.one_minus_beta1 * g;
+            v[j] = h.beta2 * load_state(b->state[1], i, is_narrow) + h.one_minus_beta2 * (g * g);
+            if (is_narrow) {
+                const words noise = scatter(place[j]);
+                m[j] = round_by_chance(m[j], noise & 0xffffu);
+                v[j] = round_by_chance(v[j], noise >> 16);
+                place[j] += LANES * SPREAD;
+            }
+            const floats u = lamb_u(x, g, m[j], v[j], h, looks_ahead);
+            if (b->u) store(b->u + i, u);
+            lanes.x[j] = extend(norm, lanes.x[j], x);
+            lanes.u[j] = extend(norm, lanes.u[j], u);
+        })
+        store_state(b->state[0], group, m, is_narrow);
+        store_state(b->state[1], group, v, is_narrow);
     }
-    return m_hat / (sqrtf(v_hat) + h.eps) + h.weight_decay * x;
-}
-
-/* The first pass over element i, which goes to lane k. */
-INLINE void lamb_measure(const struct lamb_block *b, int i, int k, struct lamb h, struct lanes *lanes, enum norm norm,
-                         int is_narrow, int looks_ahead) {
-    const float x = b->x[i], g = usable(b->g[i], &lanes->good[k]);
-    float m = h.beta1 * lamb_m(b, i, is_narrow) + h.one_minus_beta1 * g;
-    float v = h.beta2 * lamb_v(b, i, is_narrow) + h.one_minus_beta2 * (g * g);
-    if (is_narrow) {
-        m = round_by_chance(m, mix(b->m_seed + (uint32_t)i));
-        v = round_by_chance(v, mix(b->v_seed + (uint32_t)i));
-        b->narrow_m[i] = upper_half(m);
-        b->narrow_v[i] = upper_half(v);
-    } else {
-        b->m[i] = m;
-        b->v[i] = v;
-    }
-    const float u = lamb_u(x, g, m, v, h, looks_ahead);
-    b->u[i] = u;
-    lanes->x[k] = extend(norm, lanes->x[k], x);
-    lanes->u[k] = extend(norm, lanes->u[k], u);
-}
-
-INLINE void lamb_measure_all(const struct lamb_block *b, struct lamb h, struct totals *totals, enum norm norm,
-                             int is_narrow, int looks_ahead) {
-    struct lanes lanes;
-    start(&lanes);
-    OVER_LANES(b->n, i, k, lamb_measure(b, i, k, h, &lanes, norm, is_narrow, looks_ahead));
     add_block(norm, totals, &lanes);
 }
 
-INLINE void lamb_move_all(const struct lamb_block *b, struct lamb h, int is_narrow, int looks_ahead) {
-    INDEPENDENT for (int i = 0; i < b->n; i++) {
-        const float m = lamb_m(b, i, is_narrow), v = lamb_v(b, i, is_narrow);
-        const float u = lamb_u(b->x[i], looks_ahead ? b->g[i] : 0, m, v, h, looks_ahead);
-        b->x[i] = h.keep * b->x[i] - h.step * u;
-    }
+INLINE void lamb_move(const struct block *b, struct lamb h, int is_narrow, int looks_ahead) {
+    OVER_VECTORS(b, i, j, {
+        const floats x = load(b->x + i), g = looks_ahead ? load(b->g + i) : (floats){0};
+        const floats m = load_state(b->state[0], i, is_narrow), v = load_state(b->state[1], i, is_narrow);
+        store(b->x + i, scale_add(-h.step, lamb_u(x, g, m, v, h, looks_ahead), h.keep * x));
+    });
+}
+
+INLINE void move_along(const struct block *b, float keep, float step) {
+    OVER_VECTORS(b, i, j, store(b->x + i, scale_add(-step, load(b->u + i), keep * load(b->x + i))));
 }
 
 /* Call one of the two with its last two arguments as constants. */
@@ -187,67 +265,37 @@ INLINE void lamb_move_all(const struct lamb_block *b, struct lamb h, int is_narr
     (is_narrow ? h.looks_ahead ? function(__VA_ARGS__, 1, 1) : function(__VA_ARGS__, 1, 0)                     \
                : h.looks_ahead ? function(__VA_ARGS__, 0, 1) : function(__VA_ARGS__, 0, 0))
 
-/* Return the block that begins with element `first`. */
-static struct lamb_block lamb_block_of(const struct layer *layer, const struct numbers *numbers, int64_t first,
-                                       int64_t last) {
-    const struct origin origin = layer->origin;
-    int64_t n = last - first < BLOCK ? last - first : BLOCK, place = origin.start + first;
-    if (origin.skip) { /* the block ends where elements of the whole layer are missing */
-        const int64_t run = first / origin.run, left = (run + 1) * origin.run - first;
-        n = n < left ? n : left;
-        place += run * origin.skip;
-    }
-    if (layer->state_dtype == FLOAT32)
-        return (struct lamb_block){
-            .n = (int)n,
-            .m = (float *)layer->state[0] + first,
-            .v = (float *)layer->state[1] + first,
-        };
-    const uint32_t seed = mix(numbers->t) + 8 * layer->position;
-    return (struct lamb_block){
-        .n = (int)n,
-        .narrow_m = (uint16_t *)layer->state[0] + first,
-        .narrow_v = (uint16_t *)layer->state[1] + first,
-        .m_seed = mix(seed) + (uint32_t)place,
-        .v_seed = mix(seed + 1) + (uint32_t)place,
-    };
-}
-
 static void lamb_direct(const struct layer *layer, const struct numbers *numbers, enum norm norm, int64_t first,
                         int64_t last, float *kept, double norms[2]) {
     const struct lamb h = lamb_of(numbers, 0);
     const int is_narrow = layer->state_dtype == BFLOAT16;
-    float x_room[BLOCK], g_room[BLOCK], u_room[BLOCK];
+    struct rooms rooms;
     struct totals totals = {.good = UINT32_MAX};
-    for (struct lamb_block b; first < last; first += b.n, kept += kept ? b.n : 0) {
-        b = lamb_block_of(layer, numbers, first, last);
-        b.x = read_block(layer->x, layer->x_dtype, first, b.n, x_room);
-        b.g = read_block((void *)layer->g, layer->g_dtype, first, b.n, g_room);
-        b.u = kept ? kept : u_room;
-        if (norm == L2)
-            WITH_CONSTANTS(lamb_measure_all, &b, h, &totals, L2);
-        else if (norm == L1)
-            WITH_CONSTANTS(lamb_measure_all, &b, h, &totals, L1);
-        else
-            WITH_CONSTANTS(lamb_measure_all, &b, h, &totals, LINF);
+    for (struct block b; first < last; first += b.n, kept += kept ? b.n : 0) {
+        b = block_of(layer, numbers, first, last, 1, kept, &rooms);
+        IN_GROUPS(b, is_narrow, part, {
+            if (norm == L2)
+                WITH_CONSTANTS(lamb_measure, &part, h, &totals, L2);
+            else
+                WITH_CONSTANTS(lamb_measure, &part, h, &totals, norm);
+        });
     }
     conclude(norm, &totals, norms);
 }
 
 static void lamb_descend(const struct layer *layer, const struct numbers *numbers, double ratio, int64_t first,
-                         int64_t last, const float *kept) {
+                         int64_t last, float *kept) {
     const struct lamb h = lamb_of(numbers, ratio);
     const int is_narrow = layer->state_dtype == BFLOAT16;
-    float x_room[BLOCK], g_room[BLOCK];
-    for (struct lamb_block b; first < last; first += b.n, kept += kept ? b.n : 0) {
-        b = lamb_block_of(layer, numbers, first, last);
-        b.x = read_block(layer->x, layer->x_dtype, first, b.n, x_room);
-        if (kept) {
-            INDEPENDENT for (int i = 0; i < b.n; i++) b.x[i] = h.keep * b.x[i] - h.step * kept[i];
-        } else {
-            if (h.looks_ahead) b.g = read_block((void *)layer->g, layer->g_dtype, first, b.n, g_room);
-            WITH_CONSTANTS(lamb_move_all, &b, h);
-        }
+    struct rooms rooms;
+    for (struct block b; first < last; first += b.n, kept += kept ? b.n : 0) {
+        b = block_of(layer, numbers, first, last, h.looks_ahead, kept, &rooms);
+        IN_GROUPS(b, is_narrow, part, {
+            if (kept)
+                move_along(&part, h.keep, h.step);
+            else
+                WITH_CONSTANTS(lamb_move, &part, h);
+        });
         write_x(layer, first, b.n, b.x);
     }
 }
@@ -273,20 +321,19 @@ static struct lars lars_of(const struct numbers *h, double ratio) {
 }
 
 /* momentum·m + (1 - momentum)(g + weight_decay·x) */
-INLINE float lars_average(float x, float g, float m, struct lars h) {
-    return h.momentum * m + h.one_minus_momentum * (h.sign * g + h.weight_decay * x);
+INLINE floats lars_average(floats x, floats g, floats m, struct lars h) {
+    return scale_add(h.momentum, m, h.one_minus_momentum * scale_add(h.weight_decay, x, h.sign * g));
 }
 
-INLINE void lars_measure_all(int n, const float *x, const float *g, float *m, struct lars h, struct totals *totals,
-                             enum norm norm, int nesterov) {
-    struct lanes lanes;
-    start(&lanes);
-    OVER_LANES(n, i, k, {
-        const float gradient = usable(g[i], &lanes.good[k]), average = lars_average(x[i], gradient, m[i], h);
-        const float u = nesterov ? lars_average(x[i], gradient, average, h) : average;
-        m[i] = average;
-        lanes.x[k] = extend(norm, lanes.x[k], x[i]);
-        lanes.u[k] = extend(norm, lanes.u[k], u);
+INLINE void lars_measure(const struct block *b, struct lars h, struct totals *totals, enum norm norm, int nesterov) {
+    struct lanes lanes = no_lanes();
+    float *state = b->state[0];
+    OVER_VECTORS(b, i, j, {
+        const floats x = load(b->x + i), g = usable(load(b->g + i), &lanes.good[j]);
+        const floats m = lars_average(x, g, load(state + i), h);
+        store(state + i, m);
+        lanes.x[j] = extend(norm, lanes.x[j], x);
+        lanes.u[j] = extend(norm, lanes.u[j], nesterov ? lars_average(x, g, m, h) : m);
     });
     add_block(norm, totals, &lanes);
 }
@@ -295,92 +342,90 @@ static void lars_direct(const struct layer *layer, const struct numbers *numbers
                         int64_t last, float *kept, double norms[2]) {
     (void)kept; /* u costs little to form again */
     const struct lars h = lars_of(numbers, 0);
-    float x_room[BLOCK], g_room[BLOCK];
+    struct rooms rooms;
     struct totals totals = {.good = UINT32_MAX};
-    for (int n; first < last; first += n) {
-        n = last - first < BLOCK ? (int)(last - first) : BLOCK;
-        const float *x = read_block(layer->x, layer->x_dtype, first, n, x_room);
-        const float *g = read_block((void *)layer->g, layer->g_dtype, first, n, g_room);
-        float *m = (float *)layer->state[0] + first;
-        if (norm == L2 && !h.nesterov)
-            lars_measure_all(n, x, g, m, h, &totals, L2, 0);
-        else if (norm == L2)
-            lars_measure_all(n, x, g, m, h, &totals, L2, 1);
-        else if (norm == L1)
-            lars_measure_all(n, x, g, m, h, &totals, L1, h.nesterov);
-        else
-            lars_measure_all(n, x, g, m, h, &totals, LINF, h.nesterov);
+    for (struct block b; first < last; first += b.n) {
+        b = block_of(layer, numbers, first, last, 1, 0, &rooms);
+        IN_GROUPS(b, 0, part, {
+            if (norm == L2 && !h.nesterov)
+                lars_measure(&part, h, &totals, L2, 0);
+            else
+                lars_measure(&part, h, &totals, norm, h.nesterov);
+        });
     }
     conclude(norm, &totals, norms);
 }
 
 static void lars_descend(const struct layer *layer, const struct numbers *numbers, double ratio, int64_t first,
-                         int64_t last, const float *kept) {
+                         int64_t last, float *kept) {
     (void)kept; /* u costs little to form again */
     const struct lars h = lars_of(numbers, ratio);
-    float x_room[BLOCK], g_room[BLOCK];
-    for (int n; first < last; first += n) {
-        n = last - first < BLOCK ? (int)(last - first) : BLOCK;
-        float *x = read_block(layer->x, layer->x_dtype, first, n, x_room);
-        const float *m = (float *)layer->state[0] + first;
-        if (h.nesterov) {
-            const float *g = read_block((void *)layer->g, layer->g_dtype, first, n, g_room);
-            INDEPENDENT for (int i = 0; i < n; i++) x[i] = x[i] - h.step * lars_average(x[i], g[i], m[i], h);
-        } else {
-            INDEPENDENT for (int i = 0; i < n; i++) x[i] = x[i] - h.step * m[i];
-        }
-        write_x(layer, first, n, x);
+    struct rooms rooms;
+    for (struct block b; first < last; first += b.n) {
+        b = block_of(layer, numbers, first, last, h.nesterov, 0, &rooms);
+        IN_GROUPS(b, 0, part, {
+            const struct block *p = &part;
+            const float *m = p->state[0];
+            if (h.nesterov)
+                OVER_VECTORS(p, i, j, {
+                    const floats x = load(p->x + i);
+                    store(p->x + i, scale_add(-h.step, lars_average(x, load(p->g + i), load(m + i), h), x));
+                })
+            else
+                OVER_VECTORS(p, i, j, store(p->x + i, scale_add(-h.step, load(m + i), load(p->x + i))))
+        });
+        write_x(layer, first, b.n, b.x);
     }
 }
 
 /* ---- LARS as of 2017: the ratio comes before the momentum, and is made of g ---- */
 
-INLINE void lars2017_measure_all(int n, const float *x, const float *g, struct totals *totals, enum norm norm) {
-    struct lanes lanes;
-    start(&lanes);
-    OVER_LANES(n, i, k, {
-        lanes.x[k] = extend(norm, lanes.x[k], x[i]);
-        lanes.u[k] = extend(norm, lanes.u[k], usable(g[i], &lanes.good[k]));
+INLINE void lars2017_measure(const struct block *b, struct totals *totals, enum norm norm) {
+    struct lanes lanes = no_lanes();
+    OVER_VECTORS(b, i, j, {
+        lanes.x[j] = extend(norm, lanes.x[j], load(b->x + i));
+        lanes.u[j] = extend(norm, lanes.u[j], usable(load(b->g + i), &lanes.good[j]));
     });
     add_block(norm, totals, &lanes);
 }
 
 static void lars2017_direct(const struct layer *layer, const struct numbers *numbers, enum norm norm, int64_t first,
                             int64_t last, float *kept, double norms[2]) {
-    (void)numbers, (void)kept;
-    float x_room[BLOCK], g_room[BLOCK];
+    (void)kept;
+    struct rooms rooms;
     struct totals totals = {.good = UINT32_MAX};
-    for (int n; first < last; first += n) {
-        n = last - first < BLOCK ? (int)(last - first) : BLOCK;
-        const float *x = read_block(layer->x, layer->x_dtype, first, n, x_room);
-        const float *g = read_block((void *)layer->g, layer->g_dtype, first, n, g_room);
-        if (norm == L2)
-            lars2017_measure_all(n, x, g, &totals, L2);
-        else if (norm == L1)
-            lars2017_measure_all(n, x, g, &totals, L1);
-        else
-            lars2017_measure_all(n, x, g, &totals, LINF);
+    for (struct block b; first < last; first += b.n) {
+        b = block_of(layer, numbers, first, last, 1, 0, &rooms);
+        IN_GROUPS(b, 0, part, {
+            if (norm == L2)
+                lars2017_measure(&part, &totals, L2);
+            else
+                lars2017_measure(&part, &totals, norm);
+        });
     }
     conclude(norm, &totals, norms);
 }
 
 static void lars2017_descend(const struct layer *layer, const struct numbers *numbers, double ratio, int64_t first,
-                             int64_t last, const float *kept) {
+                             int64_t last, float *kept) {
     (void)kept; /* u costs little to form again */
     const struct lars h = lars_of(numbers, ratio);
     const float ahead = h.nesterov ? h.momentum : 1, scaled_ahead = h.nesterov ? 1 : 0;
-    float x_room[BLOCK], g_room[BLOCK];
-    for (int n; first < last; first += n) {
-        n = last - first < BLOCK ? (int)(last - first) : BLOCK;
-        float *x = read_block(layer->x, layer->x_dtype, first, n, x_room);
-        const float *g = read_block((void *)layer->g, layer->g_dtype, first, n, g_room);
-        float *b = (float *)layer->state[0] + first;
-        INDEPENDENT for (int i = 0; i < n; i++) {
-            const float scaled = h.ratio * (h.sign * g[i] + h.weight_decay * x[i]);
-            b[i] = h.momentum * b[i] + scaled;
-            x[i] = x[i] - h.rate * (scaled_ahead * scaled + ahead * b[i]);
-        }
-        write_x(layer, first, n, x);
+    struct rooms rooms;
+    for (struct block b; first < last; first += b.n) {
+        b = block_of(layer, numbers, first, last, 1, 0, &rooms);
+        IN_GROUPS(b, 0, part, {
+            const struct block *p = &part;
+            float *momentum = p->state[0];
+            OVER_VECTORS(p, i, j, {
+                const floats x = load(p->x + i);
+                const floats scaled = h.ratio * scale_add(h.weight_decay, x, h.sign * load(p->g + i));
+                const floats m = scale_add(h.momentum, load(momentum + i), scaled);
+                store(momentum + i, m);
+                store(p->x + i, scale_add(-h.rate, scale_add(ahead, m, scaled_ahead * scaled), x));
+            });
+        });
+        write_x(layer, first, b.n, b.x);
     }
 }
 

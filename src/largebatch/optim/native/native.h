@@ -43,7 +43,7 @@ struct rule_kernel {
                    float *kept, double norms[2]);
     /* Take u from `kept`, or form it again where that is null, and move x along it. */
     void (*descend)(const struct layer *, const struct numbers *, double ratio, int64_t first, int64_t last,
-                    const float *kept);
+                    float *kept);
 };
 
 /* kernel.c, compiled once for each instruction set. */

@@ -136,7 +136,7 @@ static void member(void *context, struct team *team, int rank, int size) {
     float *room = step->room + step->room_each * rank;
     int turn = 0;
     for (int64_t i = 0; size > 1 && i < step->num_layers; i++)
-        if (step->layers[i].count >= LARGE) 
+        if (step->layers[i].count >= LARGE)
             move_layer(step, i, step->parts[turn++ % 2], room, team, rank, size);
     double own_parts[MAX_PARTS][2];
     for (int64_t i, end; (i = take_layers(step, &end)) < end;)
@@ -167,7 +167,7 @@ static int runs_here(int variant) {
     if (variants[variant].kernel == largebatch_avx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (variants[variant].kernel == largebatch_avx2) return __builtin_cpu_supports("avx2");
+    if (variants[variant].kernel == largebatch_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     (void)variant;
     return 1;
