@@ -1,6 +1,7 @@
 """Instances per second, and what it costs a training loop that they are made beside it."""
 
 import dataclasses
+import queue
 import statistics
 import threading
 import time
@@ -60,7 +61,7 @@ def bench_instances(corpus: Corpus, length: int, whole_words: bool, repeats: int
 
 
 def bench_loader(corpus: Path, size: str, *, steps: int = 100, batch_size: int = 32) -> dict[str, Any]:
-    """Train a BERT on all cores with the loader beside it, and in turns on the same batches made beforehand.
+    """Train a BERT on all cores with the loader beside it, and in turns on the same batches once they are made.
 
     The loader is the one of `largebatch train`: a thread that shuffles, makes the instances and turns them into
     tensors, two batches ahead.
@@ -73,7 +74,8 @@ def bench_loader(corpus: Path, size: str, *, steps: int = 100, batch_size: int =
 
     Returns:
         A row: instances per CPU second of the loader's thread; the wait for a batch, that thread's CPU time and all
-        that the loader costs the step (wait and contention), each as a share of the step's time.
+        that the loader costs the step (wait and contention, the median over pairs of steps), each as a share of the
+        step's time.
     """
     workload = _workload(corpus, size, steps, batch_size)
     model = workload.model()
@@ -81,6 +83,7 @@ def bench_loader(corpus: Path, size: str, *, steps: int = 100, batch_size: int =
     turn = threading.Event()
     turn.set()
     cpu_s: list[float] = []
+    made: queue.SimpleQueue[GlobalBatch | None] = queue.SimpleQueue()
 
     def loader(stage: int, cursor: Mapping[str, int] | None) -> Iterator[GlobalBatch]:
         batches = workload.batches(stage, cursor)
@@ -89,14 +92,12 @@ def bench_loader(corpus: Path, size: str, *, steps: int = 100, batch_size: int =
             start = time.thread_time()
             batch = next(batches)
             cpu_s.append(time.thread_time() - start)
+            made.put(batch)
             yield batch
 
-    first = workload.batches(0, None)
-    made = [next(first) for _ in range(_TURN)]
-
     def beforehand(stage: int, cursor: Mapping[str, int] | None) -> Iterator[GlobalBatch]:
-        while True:
-            yield from made
+        while (batch := made.get()) is not None:
+            yield batch
 
     stages = [Stage("seq128", steps + 2 * _TURN, batch_size, lambda step: 1e-3)]
     with_loader = Engine(model, optimizer, stages, loader, workload.loss).run()
@@ -116,7 +117,8 @@ def bench_loader(corpus: Path, size: str, *, steps: int = 100, batch_size: int =
                 if number >= 0:
                     seconds[loading].append(result.step_s)
                     waits += [result.data_s] if loading else []
-    turn.set()  # the thread must not wait when it is to stop
+    turn.set()  # a thread that waits could not stop
+    made.put(None)
     with_loader.close()
     without.close()
     step_s = statistics.median(seconds[True])
@@ -131,7 +133,7 @@ def bench_loader(corpus: Path, size: str, *, steps: int = 100, batch_size: int =
         "instances_per_cpu_s": batch_size / per_batch_s,
         "wait_share": sum(waits) / sum(seconds[True]),
         "cpu_share": per_batch_s / step_s,
-        "cost_share": step_s / statistics.median(seconds[False]) - 1,
+        "cost_share": statistics.median(a / b for a, b in zip(seconds[True], seconds[False], strict=True)) - 1,
     }
 
 
