@@ -71,7 +71,7 @@ def prepare(
         heldout: share of the documents put apart for evaluation, by a hash of their content.
         drop_duplicates: leave out documents equal to an earlier one; False keeps and only counts them.
         seed: of the held-out choice, and of the instances whose padding is reported.
-        workers: processes, each of which holds some 200 MB however large the input (2026-11-21; this one some 100 MB and
+        workers: processes, each of which holds some 200 MB however large the input (2026-11-21; this one 100 MB and
             50 bytes a document). None is one per core, or none beside this one for a small input. More than one needs
             the calling script to be importable (``if __name__ == "__main__":``), as all of `multiprocessing` does.
         progress: show a bar with the remaining time if standard error is a terminal.
