@@ -135,14 +135,15 @@ class Chunk:
         self.device = norms.local(members[0].x).device
         self.has_moved = False
         self._module = torch.get_device_module(self.device)
-        self._stream = self._module.Stream()  # of copies to the CPU; that of torch.cpu does nothing
+        self._stream = self._module.Stream(self.device)  # of copies to the CPU; that of torch.cpu does nothing
         self._arrived: Any = None
         self._buffers: dict[Tensor, Tensor] = {}  # for the gradients
         self._copied = {member.x: version(member.x) for member in members}
 
     def fetch(self, grads: Mapping[Tensor, Tensor]) -> None:
         """Start the copies of the gradients to the CPU."""
-        self._stream.wait_stream(self._module.current_stream())  # which computes the gradients, and takes weights back
+        # The current stream computes the gradients, and took the weights back.
+        self._stream.wait_stream(self._module.current_stream(self.device))
         with self._module.stream(self._stream):
             for member in self.twin.members:
                 self._fetch(member.x, member.moved, grads.get(member.x))
