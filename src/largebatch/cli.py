@@ -16,6 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     options = build_parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
+    if arguments is None and command in (_demo, _train, _finetune, _bench, _profile):
+        from largebatch.train import threads
+
+        threads.restart_to_wait_passively()
+        threads.fit_threads_to_quota()
     try:
         return command(options)
     except UserError as error:
@@ -91,6 +96,14 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--data", help="what the recipe reads: a corpus of `prepare`, or a folder of images")
     train.set_defaults(command=_train)
 
+    profile = commands.add_parser("profile", help="where a recipe's step spends its time: a table, a trace, the memory")
+    profile.add_argument("recipe", help="a recipe's name")
+    _add_training_options(profile, resumes=False)
+    profile.add_argument("--data", help="what the recipe reads: a corpus of `prepare`, or a folder of images")
+    profile.add_argument("--steps", type=int, default=5, help="steps that count (default: %(default)s)")
+    profile.add_argument("--stage", type=int, default=0, help="of which stage, from 0 (default: %(default)s)")
+    profile.set_defaults(command=_profile)
+
     finetune = commands.add_parser("finetune", help="fine-tune and evaluate a pre-trained encoder")
     finetune.add_argument("task", choices=["squad"], help="question answering in SQuAD v1.1's format")
     finetune.add_argument("--model", help="a run of `train`, or a folder in Hugging Face's format")
@@ -153,12 +166,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_training_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="the run directory (default: runs/RECIPE)")
+def _add_training_options(parser: argparse.ArgumentParser, resumes: bool = True) -> None:
+    what = "the run directory (default: runs/RECIPE)" if resumes else "folder for the trace (default: profiles/RECIPE)"
+    parser.add_argument("--out", type=Path, help=what)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, as optim.lr=1e-3"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, bit for bit")
+    if resumes:
+        parser.add_argument(
+            "--resume", action="store_true", help="go on from the newest checkpoint in --out, bit for bit"
+        )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 
 
@@ -196,6 +213,12 @@ def _train(options: argparse.Namespace) -> int:
     from largebatch.experiments.commands import train
 
     return train(options)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from largebatch.experiments.profiling import profile
+
+    return profile(options)
 
 
 def _finetune(options: argparse.Namespace) -> int:

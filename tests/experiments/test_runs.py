@@ -14,10 +14,11 @@ from largebatch.experiments.recipes import get
 from largebatch.experiments.runner import Interrupted, run
 from largebatch.experiments.transfer import run_weights
 from largebatch.train import checkpoint
+from largebatch.train.step_clock import PARTS
 
 from .conftest import ASSETS, small_bert
 
-TIMES = {"tokens_per_s", "sequences_per_s", "flops_per_s", "mfu", "data_s", "time_s"}
+TIMES = {"tokens_per_s", "sequences_per_s", "flops_per_s", "mfu", "time_s"} | {f"{part}_s" for part in PARTS}
 
 
 def lines(run_directory: Path, *events: str) -> list[dict]:

@@ -13,6 +13,7 @@ from largebatch import LAMB, schedules
 from largebatch.errors import UserError
 from largebatch.train import Engine, GlobalBatch, Progress, Stage, TrainingDiverged, checkpoint
 from largebatch.train.engine import global_grad_norm
+from largebatch.train.step_clock import PARTS
 
 FEATURES, CLASSES = 6, 3
 
@@ -272,3 +273,17 @@ def test_the_optimizer_in_the_backward_pass_refuses_clipping_and_accumulation():
         next(engine_of(in_backward=True).run())
     with pytest.raises(ValueError, match="in_backward: expected one micro-batch in a step, and there are 2"):
         next(engine_of(6, max_grad_norm=None, in_backward=True).run())
+
+
+def test_the_parts_of_a_step_add_up_to_it() -> None:
+    """Each part is seen, none twice: together they are the step but for a few calls of Python."""
+    engine = engine_of(breakdown=True)
+    for result in itertools.islice(engine.run(), 3):
+        assert list(result.parts_s) == list(PARTS)
+        assert all(seconds > 0 for seconds in result.parts_s.values())
+        assert result.parts_s["data"] == result.data_s
+        assert sum(result.parts_s.values()) <= result.step_s
+
+
+def test_without_a_breakdown_there_are_no_parts() -> None:
+    assert next(engine_of().run()).parts_s == {}

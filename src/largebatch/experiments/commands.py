@@ -32,18 +32,23 @@ def train(options: argparse.Namespace) -> int:
         return resume(options)
     if options.recipe is None:
         raise UserError("name a recipe to train; `largebatch train --list` shows all")
-    config = recipes.get(options.recipe)
     out = options.out or Path("runs") / options.recipe
     if options.resume and (out / "config.json").exists():
         options.out = out
         return resume(options)
+    return execute(configure(options), out, threads=options.threads)
+
+
+def configure(options: argparse.Namespace) -> RunConfig:
+    """Return the recipe that the options name, with its data and settings."""
+    config = recipes.get(options.recipe)
     if options.data:
         if isinstance(config, SquadConfig):
             raise UserError("the recipe squad takes its data with `largebatch finetune squad --train F --test F`")
         assert isinstance(config, (PretrainingConfig, ClassificationConfig))
         path = str(Path(options.data).resolve())
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))  # type: ignore[arg-type]
-    return execute(override(config, options.set), out, threads=options.threads)
+    return override(config, options.set)
 
 
 def resume(options: argparse.Namespace) -> int:

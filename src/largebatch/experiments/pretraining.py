@@ -14,7 +14,14 @@ from largebatch.evaluate.pretraining import evaluate_pretraining
 from largebatch.experiments.config import PretrainingConfig
 from largebatch.experiments.transfer import copy_tokenizer
 from largebatch.experiments.workload import cut, rank_share
-from largebatch.models import BertConfig, BertForPreTraining, pretraining_loss, training_flops
+from largebatch.models import (
+    BertConfig,
+    BertForPreTraining,
+    MemoryEstimate,
+    pretraining_loss,
+    training_flops,
+    training_memory,
+)
 from largebatch.train import GlobalBatch, MicroBatch, distributed
 
 # Sequences per micro-batch in evaluation, where no activations are kept.
@@ -155,6 +162,24 @@ class PretrainingWorkload:
             "next_sentence_labels": torch.zeros(size, dtype=torch.int64),
             **({"dropout_keys": torch.arange(size)} if self.config.dropout_masks == "keyed" else {}),
         }
+
+    def memory(self, stage: int, device: torch.device) -> MemoryEstimate:
+        """Estimate the peak of a step of this stage on one device that holds the whole model and the optimizer's state.
+
+        Of a micro-batch without padding, the largest there can be.
+        """
+        length, size = self.config.stages[stage].sequence_length, self.micro_batch_sizes[stage]
+        assert length is not None
+        return training_memory(
+            self.bert,
+            size,
+            length,
+            size * max(1, round(self.config.data.masked_lm_probability * length)),
+            device=device.type,
+            precision=self.config.precision.replace("auto", "fp32"),
+            state_bytes=4 if self.config.optim.name in ("lars", "sgd") else 8,
+            keyed_dropout=self.config.dropout_masks == "keyed",
+        )
 
     def evaluate(self, model: nn.Module, stage: int, run: Path | None) -> dict[str, Any]:
         if self._heldout[stage] is None:

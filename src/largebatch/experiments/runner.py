@@ -24,7 +24,17 @@ from largebatch.experiments.config import (
 )
 from largebatch.experiments.optimizers import build_optimizer
 from largebatch.experiments.workload import Workload
-from largebatch.train import Engine, Stage, StepResult, TrainingDiverged, allocator, checkpoint, distributed, hardware
+from largebatch.train import (
+    Engine,
+    Stage,
+    StepResult,
+    TrainingDiverged,
+    allocator,
+    checkpoint,
+    distributed,
+    hardware,
+    threads,
+)
 from largebatch.train.metrics import RunDirectory, read_json
 from largebatch.train.micro_batch import divisors, find_micro_batch
 
@@ -89,6 +99,35 @@ def run(
 def _run(
     config: RunConfig, out: Path, started: bool, device: torch.device, settings: str, on_step: OnStep, on_event: OnEvent
 ) -> dict[str, Any]:
+    config, workload, engine = prepare_engine(config, device, on_event)
+    model, optimizer = engine.model, engine.optimizer
+    chief = distributed.rank() == 0
+    directory = RunDirectory(out, write=chief)
+    if config.tensorboard:
+        directory.use_tensorboard()
+    found = checkpoint.latest(directory.checkpoints) if started else None
+    if found is not None:
+        engine.progress = checkpoint.load(found, model, optimizer)
+        on_event(f"resuming {out} after step {engine.progress.step}")
+    directory.rewind(engine.progress.step)
+    directory.write_json("config.json", {**to_json(config), "details": workload.details})
+    directory.write_json("env.json", {**hardware.describe(device, settings), "waiting": threads.describe()})
+    if directory.write:
+        workload.save_assets(out)
+    if found is not None:
+        directory.log("resume", step=engine.progress.step)
+    try:
+        return _train(config, workload, engine, directory, on_step, on_event)
+    finally:
+        directory.close()
+
+
+def prepare_engine(config: RunConfig, device: torch.device, on_event: OnEvent) -> tuple[RunConfig, Workload, Engine]:
+    """Make all that a run needs to begin: the configuration with nothing left to find out, its workload, its engine.
+
+    Raises:
+        UserError: settings or data are not right.
+    """
     config = dataclasses.replace(
         config,
         precision=_precision(config.precision, device),
@@ -113,27 +152,10 @@ def _run(
         compression=config.gradient_compression,
         seed=config.seed,
         in_backward=config.optimizer_in_backward,
+        breakdown=device.type == "cpu",  # where it costs nothing
     )
     config = _with_micro_batches(config, workload, engine, device, on_event)
-    chief = distributed.rank() == 0
-    directory = RunDirectory(out, write=chief)
-    if config.tensorboard:
-        directory.use_tensorboard()
-    found = checkpoint.latest(directory.checkpoints) if started else None
-    if found is not None:
-        engine.progress = checkpoint.load(found, model, optimizer)
-        on_event(f"resuming {out} after step {engine.progress.step}")
-    directory.rewind(engine.progress.step)
-    directory.write_json("config.json", {**to_json(config), "details": workload.details})
-    directory.write_json("env.json", hardware.describe(device, settings))
-    if directory.write:
-        workload.save_assets(out)
-    if found is not None:
-        directory.log("resume", step=engine.progress.step)
-    try:
-        return _train(config, workload, engine, directory, on_step, on_event)
-    finally:
-        directory.close()
+    return config, workload, engine
 
 
 def _train(
@@ -381,7 +403,11 @@ def _with_micro_batches(
             on_event(f"{stage.name}: micro-batch {size} of {stage.batch_size}, found by a probe")
         workload.micro_batch_sizes[index] = size
         stages.append(dataclasses.replace(stage, micro_batch_size=size))
-    return dataclasses.replace(config, stages=tuple(stages))
+    config = dataclasses.replace(config, stages=tuple(stages))
+    if isinstance(config, PretrainingConfig) and config.sharding == "ddp" and not config.cpu_offload:
+        for index, stage in enumerate(stages):
+            on_event(f"{stage.name}: memory of a step, estimated: {workload.memory(index, device)}")
+    return config
 
 
 def _precision(precision: str, device: torch.device) -> str:
@@ -420,6 +446,7 @@ def _step_line(result: StepResult, engine: Engine, peak_flops_per_s: float) -> d
         "flops_per_s": result.flops / result.step_s,
         "mfu": result.flops / result.step_s / peak_flops_per_s,
         "data_s": result.data_s,
+        **{f"{part}_s": seconds for part, seconds in result.parts_s.items()},
         "time_s": engine.progress.elapsed_s,
     }
 

@@ -5,6 +5,7 @@ from .config import BertConfig
 from .flops import training_flops
 from .heads import BertForPreTraining, BertForQuestionAnswering, BertForSequenceClassification
 from .losses import classification_loss, pretraining_loss, question_answering_loss
+from .memory import MemoryEstimate, training_memory
 from .pretrained import load_pretrained, load_weights, save_pretrained
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "BertForQuestionAnswering",
     "BertForSequenceClassification",
     "BertModel",
+    "MemoryEstimate",
     "classification_loss",
     "load_pretrained",
     "load_weights",
@@ -20,4 +22,5 @@ __all__ = [
     "question_answering_loss",
     "save_pretrained",
     "training_flops",
+    "training_memory",
 ]

@@ -44,6 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 probs = logits.softmax(-1)
                 # The largest probability is 1/V or more, whose logarithm is exact; that of the answer may be 0.
                 loss += (largest - probs.amax(-1, keepdim=True).log() - of_answers).sum()
+                del logits  # before the next ones are made
                 if not wants_grad:
                     continue
                 probs.scatter_add_(-1, answers, probs.new_full((), -1.0).expand(answers.shape))
@@ -54,6 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.addmm(grad_weight, probs.t(), part, out=grad_weight)
                 else:
                     grad_weight += probs.t() @ part
+                del probs
         if wants_grad:
             ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.mark_non_differentiable(right)

@@ -12,7 +12,6 @@ so the result does not depend on how the global batch is cut into micro-batches 
 """
 
 import collections
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from largebatch.optim import norms, optimizer_in_backward
 from largebatch.optim.in_backward import InBackward
 from largebatch.train import distributed
 from largebatch.train.prefetch import prefetch
+from largebatch.train.step_clock import StepClock
 
 MicroBatch = dict[str, Tensor]
 Loss = Callable[[nn.Module, MicroBatch, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -99,6 +99,7 @@ class StepResult:
     flops: float
     step_s: float
     data_s: float  # part of step_s spent waiting for the batch
+    parts_s: dict[str, float] = field(default_factory=dict)  # step_s by `step_clock.PARTS`; empty without `breakdown`
 
     @property
     def ends_stage(self) -> bool:
@@ -124,6 +125,7 @@ class Engine:
         seed: with the step and the micro-batch the key of the dropout masks.
         in_backward: move each layer within the backward pass and free its gradient there; see `optimizer_in_backward`.
             Takes batches of one micro-batch and no `max_grad_norm`.
+        breakdown: tell how long each part of a step took; on CUDA that costs waits for the device.
         max_skipped: give up after this many steps in a row whose gradient is not finite.
         progress: where to begin; changed in place, and consistent whenever `run()` has yielded.
     """
@@ -139,6 +141,7 @@ class Engine:
     stop: Callable[[], bool] = bool
     seed: int = 0
     in_backward: bool = False
+    breakdown: bool = False
     max_skipped: int = 10
     progress: Progress = field(default_factory=Progress)
     _moves: InBackward | None = field(default=None, init=False, repr=False)
@@ -195,9 +198,10 @@ class Engine:
         torch.set_rng_state(random_state)
 
     def _step(self, stage: Stage, batches: Iterator[GlobalBatch], replicas: distributed.Replicas) -> StepResult:
-        start = time.perf_counter()
+        device = next(self.model.parameters()).device
+        clock = StepClock(device, self.breakdown)
         batch = next(batches)
-        data_s = time.perf_counter() - start
+        data_s = clock.mark("data")
 
         if self.in_backward and len(batch.micro_batches) > 1:
             raise ValueError(
@@ -205,7 +209,6 @@ class Engine:
             )
         learning_rate = stage.learning_rate(self.progress.stage_step)
         set_learning_rate(self.optimizer, learning_rate)
-        device = next(self.model.parameters()).device
         totals, (num_sequences, num_tokens, flops) = _global_counts(batch, device)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -215,7 +218,9 @@ class Engine:
             with replicas.backward(last=index == len(batch.micro_batches) - 1):
                 with self._autocast(device):
                     loss, metrics = self.loss(replicas.forward, to_device(micro_batch, device), totals)
+                clock.mark("forward")
                 (loss * replicas.loss_scale).backward()
+                clock.mark("backward")
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value.float() if name in sums else value.float()
         grad_norm = global_grad_norm(self.model) if self._moves is None else self._moves.grad_norm()
@@ -228,11 +233,13 @@ class Engine:
         clipped = finite and self.max_grad_norm is not None and norm > self.max_grad_norm
         if clipped:
             _scale_gradients(self.model, self.max_grad_norm / grad_norm)
+        clock.mark("reduction")
         if finite or self._moves is not None:
             self.optimizer.step()
+        clock.mark("optimizer")
 
         progress = self.progress
-        step_s = time.perf_counter() - start
+        step_s = clock.total_s()
         progress.step += 1
         progress.stage_step += 1
         progress.samples += int(num_sequences)
@@ -254,6 +261,7 @@ class Engine:
             flops=flops,
             step_s=step_s,
             data_s=data_s,
+            parts_s=clock.parts_s,
         )
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
