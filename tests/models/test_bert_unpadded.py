@@ -321,3 +321,59 @@ def test_the_last_layer_need_not_finish_the_rows_that_no_head_reads(
     sum(logits.square().mean() for logits in expected).backward()
     assert_same_gradients(model, whole, TOLERANCE)
     assert model(*inputs, positions, keys + 1)[0].sub(mlm).abs().max() > 1e-2, "dropout is off"
+
+
+LONG_MIXES = [
+    [1, 512, 1],
+    [512, 512],
+    [1, 2, 511, 512, 300],
+    *(torch.randint(1, 513, (6,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in range(3)),
+]
+
+
+@pytest.mark.parametrize("lengths", LONG_MIXES)
+def test_mixes_of_1_to_512_tokens(
+    lengths: list[int], small_config: BertConfig, make_batch: Callable, assert_same_gradients: Callable
+) -> None:
+    """The losses of both heads and all gradients, next sentences included, within 1e-5 in fp32."""
+    config = dataclasses.replace(small_config, max_position_embeddings=512, num_hidden_layers=2)
+    unpadded, padded = pair(BertForPreTraining, config)
+    batch = make_batch(lengths, 512)
+    names = ("input_ids", "token_type_ids", "attention_mask", "masked_positions")
+    outputs = [model(*(batch[name] for name in names)) for model in (unpadded, padded)]
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE * float(other.detach().abs().max()))
+    for model in (unpadded, padded):
+        loss_of(model, batch).backward()
+    assert_same_gradients(unpadded, padded, TOLERANCE)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_neighbours_of_1_to_512_tokens_never_see_each_other(
+    dropout: float, small_config: BertConfig, make_batch: Callable
+) -> None:
+    """Change every token of one sequence: the outputs and embedding gradients of the others do not move a bit."""
+    config = dataclasses.replace(
+        small_config,
+        max_position_embeddings=512,
+        num_hidden_layers=2,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    model = BertModel(config).train()
+    lengths = [1, 512, 17, 512, 1]
+    batch, others = make_batch(lengths), torch.tensor([0, 2, 3, 4])
+
+    def run(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, pooled = model(ids, batch["token_type_ids"], batch["attention_mask"], torch.arange(5) * 12345)
+        (grad,) = torch.autograd.grad(pooled[others].square().sum(), model.embeddings.position_embeddings.weight)
+        return hidden, pooled, grad
+
+    hidden, pooled, grad = run(batch["input_ids"])
+    changed = batch["input_ids"].clone()
+    changed[1] = (changed[1] + 7) % 211
+    hidden_after, pooled_after, grad_after = run(changed)
+    assert torch.equal(hidden[others], hidden_after[others])
+    assert torch.equal(pooled[others], pooled_after[others])
+    assert torch.equal(grad, grad_after)
+    assert not torch.equal(hidden[1], hidden_after[1])

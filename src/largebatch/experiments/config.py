@@ -59,6 +59,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    compile: bool = False  # fuse BERT's element-wise work by torch.compile; made for CUDA
     dropout_masks: str = "auto"  # keyed: by sample and epoch, so alike on any ranks; torch: by its generator, by step
     sharding: str = "ddp"  # or fsdp, hsdp: who holds what of the model on many ranks
     gradient_compression: str = "none"  # or bf16

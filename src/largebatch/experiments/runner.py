@@ -24,6 +24,7 @@ from largebatch.experiments.config import (
 )
 from largebatch.experiments.optimizers import build_optimizer
 from largebatch.experiments.workload import Workload
+from largebatch.models import compile_elementwise
 from largebatch.train import (
     Engine,
     Stage,
@@ -138,6 +139,8 @@ def prepare_engine(config: RunConfig, device: torch.device, on_event: OnEvent) -
     config = workload.config
     torch.manual_seed(config.seed)
     model = workload.model().to(device)
+    if config.compile:
+        compile_elementwise(model)
     distributed.shard(model, config.sharding, config.gradient_compression)
     optimizer = build_optimizer(config.optim, model, config.cpu_offload)
     stages = build_stages(config)

@@ -3,6 +3,7 @@
 from .bert import BertModel
 from .config import BertConfig
 from .flops import training_flops
+from .fusion import compile_elementwise
 from .heads import BertForPreTraining, BertForQuestionAnswering, BertForSequenceClassification
 from .losses import classification_loss, pretraining_loss, question_answering_loss
 from .memory import MemoryEstimate, training_memory
@@ -16,6 +17,7 @@ __all__ = [
     "BertModel",
     "MemoryEstimate",
     "classification_loss",
+    "compile_elementwise",
     "load_pretrained",
     "load_weights",
     "pretraining_loss",

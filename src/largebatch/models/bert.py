@@ -61,7 +61,13 @@ class BertSelfAttention(nn.Module):
 
 
 class BertOutput(nn.Module):
-    """LayerNorm(residual + dropout(dense(rows))): the end of both halves of a layer."""
+    """LayerNorm(residual + dropout(dense(rows))): the end of both halves of a layer.
+
+    Attributes:
+        fused: what to call for all but the matrix product, if it has been compiled; see `compile_elementwise`.
+    """
+
+    fused: Callable[..., Tensor] | None = None
 
     def __init__(self, config: BertConfig, width: int) -> None:
         super().__init__()
@@ -71,7 +77,12 @@ class BertOutput(nn.Module):
 
     def forward(self, rows: Tensor, residual: Tensor, row_keys: Tensor | None) -> Tensor:
         """[T, width], [T, H], [T] -> [T, H]."""
-        return self.LayerNorm(self.dropout(self.dense(rows), row_keys) + residual)
+        if self.fused is None:
+            return self.LayerNorm(self.dropout(self.dense(rows), row_keys) + residual)
+        norm, prob = self.LayerNorm, self.dropout.p if self.training else 0.0
+        return self.fused(
+            self.dense(rows), residual, norm.weight, norm.bias, norm.eps, prob, row_keys, self.dropout.site
+        )
 
 
 class BertAttention(nn.Module):
@@ -91,7 +102,13 @@ class BertAttention(nn.Module):
 
 
 class BertIntermediate(nn.Module):
-    """The widening half of the feed-forward layer."""
+    """The widening half of the feed-forward layer.
+
+    Attributes:
+        fused: what to call for bias and activation, if it has been compiled; see `compile_elementwise`.
+    """
+
+    fused: Callable[..., Tensor] | None = None
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -100,7 +117,9 @@ class BertIntermediate(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """[T, H] -> [T, intermediate]."""
-        return self.activation(self.dense(rows))
+        if self.fused is None:
+            return self.activation(self.dense(rows))
+        return self.fused(F.linear(rows, self.dense.weight), self.dense.bias)
 
 
 class BertLayer(nn.Module):

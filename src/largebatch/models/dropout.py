@@ -64,16 +64,11 @@ def keep_probs_bits(keys: Tensor, site: int, num_heads: int, keep_prob: float) -
 def _decide(pairs: Tensor, dim: int, size: int, keep_prob: float) -> tuple[Tensor, float]:
     """Decide two elements by each 32 bits: along ``dim`` the lower 16 are for the first half of them."""
     kept = min(round(keep_prob * (1 << 16)), (1 << 16) - 1)
-    half, rest = pairs.shape[dim], size - pairs.shape[dim]
-    shape = list(pairs.shape)
-    shape[dim] = size
-    bits = pairs.new_empty(shape)
     # A difference is negative where its element lives, and the shift spreads its sign. Comparisons, which give bool,
     # are not vectorised on a CPU.
-    torch.bitwise_right_shift((pairs & 0xFFFF).sub_(kept), 31, out=bits.narrow(dim, 0, half))
-    upper = pairs.narrow(dim, 0, rest) >> 16
-    torch.bitwise_right_shift(upper.sub_(kept - (1 << 15)), 31, out=bits.narrow(dim, half, rest))
-    return bits, (1 << 16) / max(kept, 1)
+    lower = (pairs & 0xFFFF).sub_(kept)
+    upper = (pairs.narrow(dim, 0, size - pairs.shape[dim]) >> 16).sub_(kept - (1 << 15))
+    return torch.cat([lower, upper], dim).bitwise_right_shift_(31), (1 << 16) / max(kept, 1)
 
 
 def keep_where(x: Tensor, bits: Tensor) -> Tensor:
