@@ -18,6 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="what a GPU would run, on the CPU in small: minutes")
     options = parser.parse_args()
     today = date.today().isoformat()
 
@@ -28,6 +29,11 @@ def main() -> None:
             raise SystemExit(status)
 
     plot = ("--plot", str(options.out / f"{today}-{options.device}-optim.png"))
+    if options.dry_run:
+        bench("dry-run-optim", "optim", "2000x1000", "--rounds", "2", "--only", "largebatch")
+        small = ("--rounds", "1", "--sequences", "4", "--micro-batch", "2")
+        bench("dry-run-bert", "bert", "tiny", "--lengths", "128", "--lengths", "512", *small)
+        return
     if options.device == "cuda":
         bench("optim", "optim", "bert-base", "bert-large", "resnet-50", "2000x1000", *plot)
         bench("bert", "bert", "base", "large", "--lengths", "128", "--lengths", "512", "--micro-batch", "64")

@@ -1,5 +1,7 @@
 """The search for a micro-batch: only divisors, the fastest on a CPU, and a stop when larger ones get slower."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -35,3 +37,25 @@ def test_a_small_batch_is_its_own_micro_batch():
 
 def test_a_prime_batch_is_taken_whole_or_in_ones():
     assert find_micro_batch(lambda size: None, 13, CPU) == 13
+
+
+def test_on_cuda_the_largest_that_leaves_a_margin(monkeypatch):
+    """A device of our own: 1,000 bytes, of which a sample takes 10; what is reserved for the optimizer stays free."""
+    used, tried = [0], []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: used[0])
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+
+    def probe(size):
+        tried.append(size)
+        used[0] = 10 * size
+        if used[0] > 1000:
+            raise torch.OutOfMemoryError
+
+    device = torch.device("cuda")
+    assert find_micro_batch(probe, 512, device) == 64  # 128 do not fit
+    assert tried[-1] == 128
+    assert find_micro_batch(probe, 80, device) == 80  # 800 of the 850 that the margin leaves
+    assert find_micro_batch(probe, 80, device, reserve_bytes=100) == 40
+    assert find_micro_batch(probe, 512, device, agree=lambda value: max(value, used[0] > 200)) == 16  # another rank's

@@ -51,8 +51,9 @@ def bench_bert(
     have the published vocabulary of 30,522, whatever the text's.
 
     Returns:
-        A row for each size, length and contender: real tokens/s, their ratio to theirs in the same rounds, and MFU on
-        non-padding FLOPs (`training_flops`) against a measured matrix product.
+        A row for each size, length and contender: real tokens/s, what share of all positions these are,
+        the ratio to theirs in the same rounds, and MFU on non-padding FLOPs (`training_flops`) against a measured
+        matrix product.
     """
     if corpus is None:
         with shipped_corpus() as shipped:
@@ -106,6 +107,7 @@ def bench_bert(
                         "name": name,
                         "ms": 1e3 * seconds,
                         "tokens_per_s": tokens / seconds,
+                        "real_share": tokens / (sequences * length),
                         "largebatch_is_faster_by": ratio,
                         "mfu": flops / seconds / peak if name == "largebatch" else None,
                     }

@@ -71,19 +71,23 @@ def _optim(options: argparse.Namespace, device: torch.device) -> Rows:
 
 
 def _bert(options: argparse.Namespace, device: torch.device) -> Rows:
+    from largebatch.data import Corpus
+
     from .bert import bench_bert
 
+    corpus = None if options.data is None else Corpus.open(options.data)
     rows = bench_bert(
         options.models or ["tiny", "mini"], options.lengths or [128], device, rounds=options.rounds or 10,
-        sequences=options.sequences, micro_batch=options.micro_batch, say=_say,
+        sequences=options.sequences, micro_batch=options.micro_batch, corpus=corpus, say=_say,
     )  # fmt: skip
     show_table(
         f"BERT, forward and backward, {rows[0]['dtype']}: real tokens",
-        ["", "length", "ms", "tokens/s", "ours is faster", "MFU"],
+        ["", "length", "real", "ms", "tokens/s", "ours is faster", "MFU"],
         [
             [
                 f"{row['model']}, {row['name']}",
                 str(row["length"]),
+                f"{row['real_share']:.0%}",
                 f"{row['ms']:.0f}",
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['largebatch_is_faster_by']:.2f}x",
