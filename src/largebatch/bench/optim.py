@@ -41,13 +41,13 @@ def bench_optim(
         and their share of the copy bandwidth, and memory that grows during a step.
     """
     rows = []
-    setting = set_allocator(tuned)
     copy_speed = copy_bytes_per_s(device)
     for model in models:
         params = parameters(shapes_of(model), device)
         count = sum(x.numel() for x in params)
         unit, *others = contenders(device, compiled)
         for contender in [unit, *(each for each in others if only in each.name)]:
+            setting = set_allocator(tuned)
             try:
                 figures = _against_unit(contender, unit, params, device, rounds)
             except ImportError as error:

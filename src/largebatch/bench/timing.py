@@ -46,7 +46,11 @@ def copy_bytes_per_s(device: torch.device) -> float:
 
 
 def peak_extra_bytes(work: Work, device: torch.device) -> int | None:
-    """Return by how much memory grows while ``work`` runs; None where the system does not tell."""
+    """Return by how much memory grows while ``work`` runs; None where the system does not tell.
+
+    On the CPU glibc is told to give freed memory back before and to take it anew, so that temporaries are seen; the
+    caller's setting of the allocator is gone afterwards.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -54,6 +58,7 @@ def peak_extra_bytes(work: Work, device: torch.device) -> int | None:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    allocator.give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
         before = _status_bytes("VmRSS")

@@ -37,6 +37,13 @@ def restore_defaults() -> None:
         mallopt(_M_MMAP_THRESHOLD, 2**17)
 
 
+def give_back() -> None:
+    """Restore the defaults, and return to the kernel what is free."""
+    restore_defaults()
+    if _mallopt() is not None:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _mallopt() -> "ctypes._NamedFuncPointer | None":
     if not sys.platform.startswith("linux"):
         return None
