@@ -88,7 +88,7 @@ def test_train_refuses_bad_settings(corpus, tmp_path, capsys):
         ("optim.name=lamp",): "optim.name=lamp is not known",
         ("optim.lr=-1",): "lr",
         ("optim.momentum=0.5",): "optim.momentum has no effect on lamb",
-        ("precision=fp64",): "precision is 'fp64'",
+        ("precision=fp64",): "precision is 'fp64'; it must be auto, fp32, bf16 or fp16",
         ("model.name=enormous",): "enormous",
         ("device=tpu",): "device is 'tpu'",
         ("stages.1.sequence_length=100000",): "100000",

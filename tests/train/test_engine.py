@@ -211,6 +211,68 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone_and_ends_the_run
     assert all(torch.equal(a, b) for a, b in zip(weights(engine), before, strict=True))
 
 
+# ---- fp16, whose gradients need a scaled loss ----
+
+
+def test_a_scaled_loss_trains_as_an_unscaled_one() -> None:
+    # Products in float16 are good to 2^-11, and nine steps of LAMB amplify that by some tens.
+    trained = {}
+    for precision in ("fp32", "fp16"):
+        engine = engine_of(autocast=precision)
+        results = list(engine.run())
+        assert {result.loss_scale for result in results} == {2.0**16 if precision == "fp16" else 1.0}
+        assert any(result.clipped for result in results), "the scale and the clipping would not meet"
+        trained[precision] = weights(engine), [result.grad_norm for result in results]
+    assert trained["fp16"][1] == pytest.approx(trained["fp32"][1], rel=0.02)
+    for x, y in zip(trained["fp16"][0], trained["fp32"][0], strict=True):
+        assert float((x - y).norm() / y.norm()) < 0.02
+        assert not torch.equal(x, y)
+
+
+def test_without_a_scale_small_gradients_are_lost_in_fp16() -> None:
+    def faint(model, micro_batch, totals):
+        value, metrics = loss(model, micro_batch, totals)
+        return value * 2.0**-26, metrics  # below what float16 can hold
+
+    norms = {}
+    for scale in (1.0, 2.0**16):
+        engine = engine_of(autocast="fp16", progress=Progress(loss_scale=scale))
+        engine.loss = faint
+        norms[scale] = next(engine.run()).grad_norm * 2.0**26
+    assert norms[1.0] < 0.5 * norms[2.0**16]
+
+
+def test_the_scale_halves_until_the_gradient_is_finite_and_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("largebatch.train.engine.SCALE_GROWS_AFTER", 3)
+    engine = engine_of(autocast="fp16", max_skipped=2, progress=Progress(loss_scale=2.0**22))
+    before = weights(engine)
+    run = engine.run()
+    results = [next(run)]
+    while results[-1].skipped:
+        assert all(torch.equal(x, y) for x, y in zip(before, weights(engine), strict=True))
+        results.append(next(run))
+    assert len(results) > 3, "the scale was never too large"  # and more in a row than `max_skipped` were borne
+    assert [result.loss_scale for result in results] == [2.0 ** (22 - i) for i in range(len(results))]
+    engine.progress.loss_scale, engine.progress.steps_at_scale = 64.0, 0
+    assert [next(run).loss_scale for _ in range(4)] == [64.0, 64.0, 64.0, 128.0]
+
+
+def test_nan_ends_an_fp16_run_once_the_scale_is_spent() -> None:
+    engine = engine_of(autocast="fp16", max_skipped=2, progress=Progress(loss_scale=4.0))
+    engine.batches = batches_of(6, poison_from=0)
+    with pytest.raises(TrainingDiverged, match="2 steps"):
+        list(engine.run())
+    assert engine.progress.step == 4  # at scales of 4 and 2, and then two that count
+
+
+def test_the_scale_is_resumed_with_the_run(tmp_path: Path) -> None:
+    engine = engine_of(autocast="fp16", progress=Progress(loss_scale=64.0))
+    next(engine.run())
+    path = checkpoint.save(tmp_path, engine.model, engine.optimizer, engine.progress)
+    resumed = checkpoint.load(path, engine.model, engine.optimizer)
+    assert (resumed.loss_scale, resumed.steps_at_scale) == (64.0, 1)
+
+
 def test_groups_scale_the_learning_rate():
     model = Classifier()
     groups = [{"params": model[0].parameters(), "lr_scale": 0.1}, {"params": model[3].parameters()}]

@@ -101,7 +101,7 @@ def _against_unit(
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the ratios as bars, a panel for each model, on a logarithmic axis."""
+    """Draw the ratios as bars, a panel for each model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -115,7 +115,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ours = ["#1b6ca8" if name.startswith("largebatch") else "#b0b7bf" for name in names]
         panel.barh(names, [of_model.get(name, 0) for name in names], color=ours)
         panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_xscale("log")
+        panel.set_xlim(0, 1.15 * max(of_model.values()))
         panel.set_title(model, fontsize=10)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)

@@ -40,7 +40,7 @@ def evaluate_classification(
             [B], which may be of unequal size.
         loss: ``largebatch.models.classification_loss``, or another that reports accuracy as a contribution.
         batch_size: samples in a forward pass, where `data` is not cut into micro-batches already.
-        autocast: "fp32" or "bf16".
+        autocast: "fp32", "bf16" or "fp16".
         across_ranks: every rank calls this with its own part, and all get the result over the whole.
 
     Returns:

@@ -31,7 +31,7 @@ def evaluate_pretraining(
         batches: held-out micro-batches, each with ``masked_labels`` [N] and ``next_sentence_labels`` [B].
         loss: ``largebatch.models.pretraining_loss``, or another that reports mlm_loss, mlm_accuracy, nsp_loss and
             nsp_accuracy as contributions.
-        autocast: "fp32" or "bf16".
+        autocast: "fp32", "bf16" or "fp16".
         across_ranks: every rank calls this with its own part, and all get the result over the whole.
 
     Returns:

@@ -38,7 +38,7 @@ def predict(
             [B, L]. It runs where its parameters are and is left in the mode (training or not) it came in.
         features: the windows, from ``squad_features``.
         batch_size: windows in a forward pass. It changes speed and memory, not the result.
-        autocast: "fp32" or "bf16".
+        autocast: "fp32", "bf16" or "fp16".
         across_ranks: every rank calls this with the same features, runs its share, and gets all logits.
         progress: called with (windows done, windows in all), both of this rank, after each pass.
 

@@ -13,7 +13,7 @@ from largebatch.errors import UserError
 from largebatch.experiments.commands import configure
 from largebatch.experiments.console import show_table
 from largebatch.experiments.runner import prepare_engine
-from largebatch.train import StepResult, allocator, distributed, hardware, threads
+from largebatch.train import DTYPES, StepResult, allocator, distributed, hardware, threads
 from largebatch.train.step_clock import PARTS
 
 _OPERATIONS = 12
@@ -55,15 +55,11 @@ def profile(options: argparse.Namespace) -> int:
     trace = out / "trace.json"
     traced.export_chrome_trace(str(trace))
 
-    dtype = torch.float32 if config.precision == "fp32" else getattr(torch, _DTYPES[config.precision])
-    _show_parts(results, hardware.matmul_flops_per_s(device, dtype))
+    _show_parts(results, hardware.matmul_flops_per_s(device, DTYPES[config.precision]))
     _show_operations(traced, device)
     print(f"settings: {settings}; {threads.describe()}")
     print(f"trace: {trace} (open it at https://ui.perfetto.dev or in chrome://tracing)")
     return 0
-
-
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def _show_parts(results: list[StepResult], peak_flops_per_s: float) -> None:

@@ -26,6 +26,7 @@ from largebatch.experiments.optimizers import build_optimizer
 from largebatch.experiments.workload import Workload
 from largebatch.models import compile_elementwise
 from largebatch.train import (
+    DTYPES,
     Engine,
     Stage,
     StepResult,
@@ -170,7 +171,7 @@ def _train(
     on_event: OnEvent,
 ) -> dict[str, Any]:
     device = next(engine.model.parameters()).device
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.precision]
     peak_flops_per_s = hardware.matmul_flops_per_s(device, dtype) * distributed.world_size()
     num_steps = sum(stage.steps for stage in engine.stages)
     evaluation: dict[str, Any] = {}
@@ -339,6 +340,10 @@ def _check_in_backward(config: RunConfig) -> None:
         raise UserError(
             "optimizer_in_backward moves layers before the norm of all gradients is known: set max_grad_norm=none"
         )
+    if config.precision == "fp16":
+        raise UserError(
+            "optimizer_in_backward moves layers before a scaled loss is known to be finite: use bf16 or fp32"
+        )
     if config.cpu_offload:
         raise UserError("optimizer_in_backward and cpu_offload cannot go together: set one of them to false")
     if config.optim.name in ("adamw", "sgd"):
@@ -414,8 +419,8 @@ def _with_micro_batches(
 
 
 def _precision(precision: str, device: torch.device) -> str:
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"precision is {precision!r}; it must be auto, fp32 or bf16")
+    if precision not in ("auto", *DTYPES):
+        raise UserError(f"precision is {precision!r}; it must be auto, fp32, bf16 or fp16")
     if precision == "auto":
         return "bf16" if hardware.bf16_is_fast(device) else "fp32"
     return precision
@@ -444,6 +449,7 @@ def _step_line(result: StepResult, engine: Engine, peak_flops_per_s: float) -> d
         "grad_norm": result.grad_norm,
         "clipped": result.clipped,
         "skipped": result.skipped,
+        **({"loss_scale": result.loss_scale} if engine.autocast == "fp16" else {}),
         "tokens_per_s": result.num_tokens / result.step_s,
         "sequences_per_s": result.num_sequences / result.step_s,
         "flops_per_s": result.flops / result.step_s,

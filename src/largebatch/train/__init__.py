@@ -1,6 +1,7 @@
 """The training engine: any global batch, exact resume, one loop for every workload."""
 
 from largebatch.train.engine import (
+    DTYPES,
     Batches,
     Engine,
     GlobalBatch,
@@ -13,6 +14,7 @@ from largebatch.train.engine import (
 )
 
 __all__ = [
+    "DTYPES",
     "Batches",
     "Engine",
     "GlobalBatch",

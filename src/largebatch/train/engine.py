@@ -46,6 +46,10 @@ class GlobalBatch:
     cursor: dict[str, int]  # where the data continues after this batch
 
 
+# What `autocast` says.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCALE_GROWS_AFTER = 2000
+
 Batches = Callable[[int, Mapping[str, int] | None], Iterator[GlobalBatch]]
 
 
@@ -79,6 +83,8 @@ class Progress:
     tokens: int = 0
     elapsed_s: float = 0.0
     cursor: dict[str, int] | None = None
+    loss_scale: float = 2.0**16  # with fp16: what the loss is multiplied by
+    steps_at_scale: int = 0  # without a step skipped
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class StepResult:
     grad_norm: float  # before clipping
     clipped: bool
     skipped: bool  # the gradient was not finite, and the weights were left alone (`in_backward`: those of its layers)
+    loss_scale: float  # of this step; 1 but for fp16
     stop: bool  # some rank was asked to stop
     num_sequences: int
     num_tokens: int
@@ -119,7 +126,9 @@ class Engine:
         loss: `loss(model, micro_batch, totals)` gives this micro-batch's contribution to the global mean loss, and to
             each reported metric.
         max_grad_norm: gradients are scaled down to this global norm; None for no clipping.
-        autocast: "fp32", or "bf16" for bfloat16 matrix products with fp32 weights.
+        autocast: "fp32", or "bf16" or "fp16" for matrix products in that dtype with fp32 weights. With "fp16" the loss
+            is scaled, as by `torch.amp.GradScaler`: half as much after a gradient that is not finite, twice as much after
+            `SCALE_GROWS_AFTER` steps without one.
         compression: "bf16" sums the gradients over the ranks in bfloat16.
         stop: asked once a step on every rank; one rank's yes is `StepResult.stop` on all.
         seed: with the step and the micro-batch the key of the dropout masks.
@@ -154,6 +163,10 @@ class Engine:
         """
         if self.in_backward and self.max_grad_norm is not None:
             raise ValueError(f"max_grad_norm={self.max_grad_norm}: expected None with in_backward")
+        if self.in_backward and self.autocast == "fp16":
+            raise ValueError(
+                "autocast='fp16': expected 'bf16' or 'fp32' with in_backward, which cannot take a scale back"
+            )
         replicas = distributed.Replicas(self.model, self.compression)
         self._moves = optimizer_in_backward(self.optimizer, with_grad_norm=True) if self.in_backward else None
         try:
@@ -172,7 +185,10 @@ class Engine:
             try:
                 while self.progress.stage == index:
                     result = self._step(stage, batches, replicas)
-                    skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+                    if not result.skipped:
+                        skipped_in_a_row = 0
+                    elif result.loss_scale <= 1:  # else a smaller scale may do
+                        skipped_in_a_row += 1
                     if result.ends_stage:
                         self.progress.stage, self.progress.stage_step = index + 1, 0
                     yield result
@@ -212,6 +228,7 @@ class Engine:
         totals, (num_sequences, num_tokens, flops) = _global_counts(batch, device)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
+        scale = self.progress.loss_scale if self.autocast == "fp16" else 1.0
         sums: dict[str, Tensor] = {}
         for index, micro_batch in enumerate(batch.micro_batches):
             self._seed_dropout(index)
@@ -219,11 +236,11 @@ class Engine:
                 with self._autocast(device):
                     loss, metrics = self.loss(replicas.forward, to_device(micro_batch, device), totals)
                 clock.mark("forward")
-                (loss * replicas.loss_scale).backward()
+                (loss * (replicas.loss_scale * scale)).backward()
                 clock.mark("backward")
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value.float() if name in sums else value.float()
-        grad_norm = global_grad_norm(self.model) if self._moves is None else self._moves.grad_norm()
+        grad_norm = global_grad_norm(self.model) / scale if self._moves is None else self._moves.grad_norm()
 
         # One transfer, and so one wait for the device, tells everything about the step.
         stop = torch.tensor(float(self.stop()), device=device)
@@ -232,7 +249,9 @@ class Engine:
         finite = norm < float("inf")  # false for NaN as well
         clipped = finite and self.max_grad_norm is not None and norm > self.max_grad_norm
         if clipped:
-            _scale_gradients(self.model, self.max_grad_norm / grad_norm)
+            _scale_gradients(self.model, self.max_grad_norm / grad_norm / scale)
+        elif scale != 1 and finite:
+            _scale_gradients(self.model, torch.tensor(1 / scale, device=device))
         clock.mark("reduction")
         if finite or self._moves is not None:
             self.optimizer.step()
@@ -246,6 +265,8 @@ class Engine:
         progress.tokens += int(num_tokens)
         progress.elapsed_s += step_s
         progress.cursor = dict(batch.cursor)
+        if self.autocast == "fp16":
+            _adjust_scale(progress, finite)
         return StepResult(
             step=progress.step,
             stage=stage,
@@ -255,6 +276,7 @@ class Engine:
             grad_norm=norm,
             clipped=clipped,
             skipped=not finite,
+            loss_scale=scale,
             stop=stops > 0,
             num_sequences=int(num_sequences),
             num_tokens=int(num_tokens),
@@ -265,12 +287,21 @@ class Engine:
         )
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16) if self.autocast == "bf16" else nullcontext()
+        return nullcontext() if self.autocast == "fp32" else torch.autocast(device.type, DTYPES[self.autocast])
 
     def _seed_dropout(self, micro_batch: int) -> None:
         """Key the dropout masks by (seed, step, rank, micro-batch): a resumed run draws what the first would have."""
         key = (self.seed, self.progress.step, distributed.rank(), micro_batch)
         torch.manual_seed(_mix(*key))
+
+
+def _adjust_scale(progress: Progress, finite: bool) -> None:
+    """Choose the next step's scale of the loss."""
+    progress.steps_at_scale = progress.steps_at_scale + 1 if finite else 0
+    if not finite:
+        progress.loss_scale /= 2
+    elif progress.steps_at_scale == SCALE_GROWS_AFTER:
+        progress.loss_scale, progress.steps_at_scale = 2 * progress.loss_scale, 0
 
 
 def _mix(*keys: int) -> int:
