@@ -127,8 +127,8 @@ class Engine:
             each reported metric.
         max_grad_norm: gradients are scaled down to this global norm; None for no clipping.
         autocast: "fp32", or "bf16" or "fp16" for matrix products in that dtype with fp32 weights. With "fp16" the loss
-            is scaled, as by `torch.amp.GradScaler`: half as much after a gradient that is not finite, twice as much after
-            `SCALE_GROWS_AFTER` steps without one.
+            is scaled, as by `torch.amp.GradScaler`: half as much after a gradient that is not finite, and twice as much
+            after `SCALE_GROWS_AFTER` steps without one.
         compression: "bf16" sums the gradients over the ranks in bfloat16.
         stop: asked once a step on every rank; one rank's yes is `StepResult.stop` on all.
         seed: with the step and the micro-batch the key of the dropout masks.
