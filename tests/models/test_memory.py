@@ -70,7 +70,7 @@ def estimate(config: BertConfig, sequences: int, length: int, **settings: bool) 
     ("name", "changes", "sequences", "length"),
     [
         ("mini", {}, 8, 128),
-        ("mini", {}, 2, 512),
+        pytest.param("mini", {}, 2, 512, marks=pytest.mark.slow),
         ("mini", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, 8, 128),
         pytest.param("small", {}, 8, 128, marks=pytest.mark.slow),
         pytest.param("base", {}, 4, 128, marks=pytest.mark.slow),
@@ -83,6 +83,7 @@ def test_tensors_of_a_step(name: str, changes: dict[str, float], sequences: int,
     assert measured == pytest.approx(estimate(config, sequences, length).total, rel=0.15)
 
 
+@pytest.mark.slow
 def test_tensors_of_a_step_with_layers_computed_again() -> None:
     """Few words and many layers, so that activations are most of the memory, and the two estimates far apart."""
     config = dataclasses.replace(BertConfig.named("mini", vocab_size=1000), num_hidden_layers=8)
