@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from eight_bit_state import LENGTH, LanguageModel, loss_of, words
+from eight_bit_state import LENGTH, LanguageModel, compare, loss_of, parser_of
 from several_hosts import address, host, network
 from torch import Tensor
 
@@ -239,11 +239,7 @@ def times(rates: list[int | None], elements: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--ways", nargs="*", default=list(WAYS))
+    parser = parser_of(__doc__, WAYS)
     parser.add_argument("--times", help="Mbit/s, joined by commas")
     parser.add_argument("--elements", type=int, default=40 * 512 * 512, help="gradients of a step; near BERT-mini's")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
@@ -254,12 +250,7 @@ def main() -> None:
     if options.times:
         times([None, *map(int, options.times.split(","))], options.elements)
         return
-    corpus = words()
-    for way in options.ways:
-        losses = [held_out_loss(way, seed, options.steps, options.lr, corpus) for seed in range(options.seeds)]
-        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        each = " ".join(f"{loss:.4f}" for loss in losses)
-        print(f"{way:34} {statistics.mean(losses):.4f} ± {spread:.4f}   {each}", flush=True)
+    compare(options, held_out_loss)
 
 
 if __name__ == "__main__":

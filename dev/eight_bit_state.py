@@ -16,7 +16,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 
 import torch
@@ -158,25 +158,36 @@ def print_directions(corpus: Tensor, steps: int = 150) -> None:
         print("   ".join(columns))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, ways: Iterable[str]) -> argparse.ArgumentParser:
+    """Make the parser of a comparison of several ways to train."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--ways", nargs="*", default=list(WAYS))
-    parser.add_argument("--directions", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--ways", nargs="*", default=list(ways))
+    return parser
+
+
+def compare(options: argparse.Namespace, held_out_loss: Callable[..., float]) -> None:
+    """Print the held-out losses of each way: mean, deviation, one by one, and the seconds they took."""
     corpus = words()
-    if arguments.directions:
-        print_directions(corpus)
-        return
-    for way in arguments.ways:
+    for way in options.ways:
         start = time.perf_counter()
-        losses = [held_out_loss(way, seed, arguments.steps, arguments.lr, corpus) for seed in range(arguments.seeds)]
+        losses = [held_out_loss(way, seed, options.steps, options.lr, corpus) for seed in range(options.seeds)]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         each = " ".join(f"{loss:.4f}" for loss in losses)
         took = time.perf_counter() - start
-        print(f"{way:25} {statistics.mean(losses):.4f} ± {spread:.4f}   {each}   {took:.0f} s", flush=True)
+        print(f"{way:34} {statistics.mean(losses):.4f} ± {spread:.4f}   {each}   {took:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = parser_of(__doc__, WAYS)
+    parser.add_argument("--directions", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.directions:
+        print_directions(words())
+    else:
+        compare(arguments, held_out_loss)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ PAGES: dict[str, tuple[str, str, dict[str, list[str]]]] = {
             "optim/lars.py": ["LARS"],
             "optim/layerwise.py": ["Layerwise"],
             "optim/base.py": ["LayerwiseOptimizer"],
+            "optim/wrapper.py": ["Wrapper"],
             "optim/groups.py": ["param_groups"],
             "optim/dialects.py": ["dialect", "convert_state_dict"],
             "optim/norms.py": ["flat_partition"],
@@ -51,6 +52,7 @@ PAGES: dict[str, tuple[str, str, dict[str, list[str]]]] = {
 }
 REMARKS = {  # what neither the page's import line nor the docstring says
     "LayerwiseOptimizer": "The base of `LAMB` and `LARS`, which have its methods. Not made by itself.",
+    "Wrapper": "The base of `Layerwise` and `CPUOffload`, which have its methods. Not made by itself.",
     "dialect": "Called as `LAMB.dialect(name)`.",
 }
 

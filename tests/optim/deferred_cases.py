@@ -65,6 +65,17 @@ def plain(name: str, steps: int = 5) -> tuple[nn.Module, Optimizer]:
     return model, optimizer
 
 
+def with_a_group_added(wrap: Callable[[LAMB], Any]) -> tuple[nn.Module, Any]:
+    """Train by what ``wrap`` makes of an optimizer whose state is cleared, and which gets a group, half way."""
+    model = Network()
+    optimizer = wrap(LAMB([x for name, x in model.named_parameters() if not name.startswith("last")]))
+    train(model, optimizer, range(2))
+    optimizer.state.clear()
+    optimizer.add_param_group({"params": list(model.last.parameters()), "weight_decay": 0.1})
+    train(model, optimizer, range(2, 4))
+    return model, optimizer
+
+
 def assert_same(model: nn.Module, optimizer: Any, expected_model: nn.Module, expected: Any) -> None:
     """To the bit: weights, state and trust ratios, and these in the same order."""
     for (name, x), y in zip(model.named_parameters(), expected_model.parameters(), strict=True):

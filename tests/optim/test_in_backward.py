@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from deferred_cases import MAKES, Network, assert_same, backward, plain, train
+from deferred_cases import MAKES, Network, assert_same, backward, plain, train, with_a_group_added
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,18 +82,11 @@ def test_state_dict_is_the_ordinary_one(name: str) -> None:
 def test_state_may_be_cleared_and_groups_added() -> None:
     """As the engine does between stages; parameters that came later move in `step`, and none twice."""
 
-    def trained(in_backward: bool) -> tuple[nn.Module, LAMB]:
-        model = Network()
-        optimizer = LAMB([x for name, x in model.named_parameters() if not name.startswith("last")])
-        if in_backward:
-            optimizer_in_backward(optimizer)
-        train(model, optimizer, range(2))
-        optimizer.state.clear()
-        optimizer.add_param_group({"params": list(model.last.parameters()), "weight_decay": 0.1})
-        train(model, optimizer, range(2, 4))
-        return model, optimizer
+    def in_backward(optimizer: LAMB) -> LAMB:
+        optimizer_in_backward(optimizer)
+        return optimizer
 
-    assert_same(*trained(True), *trained(False))
+    assert_same(*with_a_group_added(in_backward), *with_a_group_added(lambda optimizer: optimizer))
 
 
 def test_removed() -> None:

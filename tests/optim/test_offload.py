@@ -10,7 +10,7 @@ import pickle
 
 import pytest
 import torch
-from deferred_cases import MAKES, Network, assert_same, backward, plain, train
+from deferred_cases import MAKES, Network, assert_same, backward, plain, train, with_a_group_added
 from torch import nn
 
 from largebatch import LAMB, param_groups
@@ -88,17 +88,7 @@ def test_weights_loaded_into_the_model_are_taken_over() -> None:
 
 @pytest.mark.usefixtures("chunks")
 def test_state_may_be_cleared_and_groups_added() -> None:
-    def trained(offloaded: bool) -> tuple[nn.Module, object]:
-        model = Network()
-        optimizer = LAMB([x for name, x in model.named_parameters() if not name.startswith("last")])
-        optimizer = CPUOffload(optimizer) if offloaded else optimizer
-        train(model, optimizer, range(2))
-        optimizer.state.clear()
-        optimizer.add_param_group({"params": list(model.last.parameters()), "weight_decay": 0.1})
-        train(model, optimizer, range(2, 4))
-        return model, optimizer
-
-    assert_same(*trained(True), *trained(False))
+    assert_same(*with_a_group_added(CPUOffload), *with_a_group_added(lambda optimizer: optimizer))
 
 
 def test_a_closure_a_scheduler_and_a_frozen_layer() -> None:

@@ -53,19 +53,23 @@ def contenders(device: torch.device, compiled: bool) -> list[Contender]:
         Contender("largebatch LARS", ours(largebatch.LARS), 28),
         Contender("largebatch LAMB, foreach", ours(largebatch.LAMB, backend="foreach")),
         Contender("torch AdamW foreach", torchs(torch.optim.AdamW, foreach=True)),
-        Contender("timm Lamb", lambda params: _module("timm.optim.lamb").Lamb(params, lr=1e-4).step),
+        Contender("timm Lamb", lambda params: module_of("timm.optim.lamb").Lamb(params, lr=1e-4).step),
         Contender(
             "timm Lamb, no clipping",
-            lambda params: _module("timm.optim.lamb").Lamb(params, lr=1e-4, max_grad_norm=None).step,
+            lambda params: module_of("timm.optim.lamb").Lamb(params, lr=1e-4, max_grad_norm=None).step,
         ),
-        Contender("torch_optimizer Lamb", lambda params: _module("torch_optimizer.lamb").Lamb(params, lr=1e-4).step),
-        Contender("pytorch_optimizer Lamb", lambda params: _module("pytorch_optimizer").Lamb(params, lr=1e-4).step),
+        Contender("torch_optimizer Lamb", lambda params: module_of("torch_optimizer.lamb").Lamb(params, lr=1e-4).step),
+        Contender("pytorch_optimizer Lamb", lambda params: module_of("pytorch_optimizer").Lamb(params, lr=1e-4).step),
     ]
     if cuda:
         found += [
-            Contender("apex FusedLAMB", lambda params: _module("apex.optimizers").FusedLAMB(params, lr=1e-4).step, 52),
             Contender(
-                "deepspeed FusedLamb", lambda params: _module("deepspeed.ops.lamb").FusedLamb(params, lr=1e-4).step, 40
+                "apex FusedLAMB", lambda params: module_of("apex.optimizers").FusedLAMB(params, lr=1e-4).step, 52
+            ),
+            Contender(
+                "deepspeed FusedLamb",
+                lambda params: module_of("deepspeed.ops.lamb").FusedLamb(params, lr=1e-4).step,
+                40,
             ),
         ]
     else:
@@ -76,12 +80,12 @@ def contenders(device: torch.device, compiled: bool) -> list[Contender]:
 
 
 def _compiled_timm(params: Params) -> Callable[[], object]:
-    optimizer = _module("timm.optim.lamb").Lamb(params, lr=1e-4, max_grad_norm=None)
+    optimizer = module_of("timm.optim.lamb").Lamb(params, lr=1e-4, max_grad_norm=None)
     return torch.compile(lambda: optimizer.step())
 
 
 def _optax(params: Params) -> Callable[[], object]:
-    jax, optax = _module("jax"), _module("optax")
+    jax, optax = module_of("jax"), module_of("optax")
     weights = [jax.numpy.asarray(x.detach().numpy()) for x in params]
     grads = [jax.numpy.asarray(x.grad.numpy()) for x in params if x.grad is not None]
     lamb = optax.lamb(1e-4, weight_decay=0.01)
@@ -100,8 +104,12 @@ def _optax(params: Params) -> Callable[[], object]:
     return run
 
 
-def _module(name: str) -> Any:
-    """Import a peer; where its package wants others that its optimizer does not need, that module alone."""
+def module_of(name: str) -> Any:
+    """Import a peer; where its package wants others that its optimizer does not need, that module alone.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError:

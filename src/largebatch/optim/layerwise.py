@@ -13,6 +13,7 @@ from . import norms
 from .base import rate_of
 from .checks import check, check_phi
 from .precision import compute_dtype, store_weights
+from .wrapper import Wrapper
 
 # Their state depends on the learning rate, or they step more than once, or bound the rate by one of their own.
 NOT_LINEAR = (LBFGS, ASGD, Rprop, Adafactor)
@@ -28,7 +29,7 @@ class Moved(NamedTuple):
     cut: norms.Cut
 
 
-class Layerwise(Optimizer):
+class Layerwise(Wrapper):
     r"""Any optimizer made layerwise: x ← x − η · φ(‖x‖)/‖u‖ · u, where u is the base optimizer's step at rate 1.
 
     1. The base optimizer takes its step with the learning rate 1, which moves x by −u, weight decay included.
@@ -135,44 +136,18 @@ class Layerwise(Optimizer):
 
     # ---- what is the base optimizer's ----
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        groups: list[dict[str, Any]] = self.base.param_groups
-        return groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.base.state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters to the base optimizer."""
-        self.base.add_param_group(param_group)
-        self._complete_groups()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state dict; its groups say ``phi`` and ``adapt``."""
-        state_dict: dict[str, Any] = self.base.state_dict()
-        return state_dict
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the base optimizer alone."""
         self.base.load_state_dict(state_dict)
-        self._complete_groups()
+        self._follow_base()
 
-    def _complete_groups(self) -> None:
+    def _follow_base(self) -> None:
         for group in self.param_groups:
             for key in ("phi", "adapt"):
                 group.setdefault(key, self.defaults[key])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "norm": self.norm, "defaults": self.defaults, "_ratios": [[]]}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for name in vars(self):  # a hook on either's state dict is a hook on both
-            if name.endswith(("state_dict_pre_hooks", "state_dict_post_hooks")):
-                setattr(self, name, getattr(self.base, name))
-        self._complete_groups()
 
 
 def update(layer: Moved) -> Tensor:

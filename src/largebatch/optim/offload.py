@@ -10,12 +10,13 @@ from torch.optim import Optimizer
 from . import norms
 from .checks import check, check_dense
 from .twins import Member, Twin, alike, members_of
+from .wrapper import Wrapper
 
 # What travels at once, while the processor works on what came before.
 CHUNK_ELEMENTS = 1 << 24
 
 
-class CPUOffload(Optimizer):
+class CPUOffload(Wrapper):
     r"""An optimizer whose state, and whose arithmetic, are the CPU's.
 
     1. The gradients are copied to the CPU, chunk by chunk.
@@ -86,25 +87,6 @@ class CPUOffload(Optimizer):
 
     # ---- what is the wrapped optimizer's ----
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        groups: list[dict[str, Any]] = self.base.param_groups
-        return groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.base.state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters to the wrapped optimizer."""
-        self.base.add_param_group(param_group)
-        self._chunks = chunks_of(self.base)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state dict, whose tensors are on the CPU."""
-        state_dict: dict[str, Any] = self.base.state_dict()
-        return state_dict
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the wrapped optimizer, offloaded or not."""
         on_cpu = {member.x: member.moved for chunk in self._chunks for member in chunk.twin.members}
@@ -119,11 +101,7 @@ class CPUOffload(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "defaults": self.defaults}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for name in vars(self):  # a hook on either's state dict is a hook on both
-            if name.endswith(("state_dict_pre_hooks", "state_dict_post_hooks")):
-                setattr(self, name, getattr(self.base, name))
+    def _follow_base(self) -> None:
         self._chunks = chunks_of(self.base)
 
 

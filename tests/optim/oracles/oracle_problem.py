@@ -1,15 +1,13 @@
 """The problem on which other packages' optimizers and ours take the same steps, and what "the same" means."""
 
-import importlib
-import importlib.util
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from largebatch.bench.peers import module_of
 
 Arrays = list[np.ndarray]
 
@@ -83,16 +81,9 @@ def assert_same(ours: Arrays, theirs: Arrays, tolerance: float = 0.0) -> None:
     assert difference(ours, theirs) < max(SAME[theirs[0].dtype], tolerance)
 
 
-def module_alone(name: str) -> types.ModuleType:
-    """Import one module without running its parents' ``__init__``, which want packages that nothing here needs."""
-    package, *rest = name.split(".")
-    if package not in sys.modules:
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
-            pytest.skip(f"{package} is not installed", allow_module_level=True)
-        path, parent = found.submodule_search_locations[0], package
-        for part in [*rest[:-1], ""]:
-            sys.modules[parent] = types.ModuleType(parent)
-            sys.modules[parent].__path__ = [path]
-            path, parent = f"{path}/{part}", f"{parent}.{part}"
-    return importlib.import_module(name)
+def peer(name: str) -> Any:
+    """Import a module of another package, if need be without its parents, which want what nothing here needs."""
+    try:
+        return module_of(name)
+    except ImportError as error:
+        pytest.skip(f"not installed: {error}", allow_module_level=True)

@@ -17,7 +17,7 @@ from oracle_problem import (
     assert_same,
     by_torch,
     difference,
-    module_alone,
+    peer,
     start,
     values,
     walk,
@@ -26,8 +26,8 @@ from oracle_problem import (
 from largebatch import LAMB, LARS
 from largebatch.optim import convert_state_dict
 
-Lamb = module_alone("timm.optim.lamb").Lamb
-Lars = module_alone("timm.optim.lars").Lars
+Lamb = peer("timm.optim.lamb").Lamb
+Lars = peer("timm.optim.lars").Lars
 
 PATHS = pytest.mark.parametrize("foreach", [False, True])
 

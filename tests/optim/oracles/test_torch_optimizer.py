@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from oracle_problem import DIFFERENT, DTYPES, LR, assert_same, by_torch, difference, module_alone
+from oracle_problem import DIFFERENT, DTYPES, LR, assert_same, by_torch, difference, peer
 
 from largebatch import LAMB, LARS
 
-Lamb = module_alone("torch_optimizer.lamb").Lamb
-Lars = module_alone("torch_optimizer.lars").LARS
+Lamb = peer("torch_optimizer.lamb").Lamb
+Lars = peer("torch_optimizer.lars").LARS
 
 pytestmark = pytest.mark.filterwarnings("ignore:This overload of:UserWarning")  # its add_(Number, Tensor)
 
