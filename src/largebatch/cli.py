@@ -153,6 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--lengths", type=int, action="append", help="bert: a sequence length; may be given again")
     bench.add_argument("--sequences", type=int, default=64, help="bert: sequences of a step (default: %(default)s)")
     bench.add_argument("--micro-batch", type=int, default=32, help="bert: of them at a time (default: %(default)s)")
+    bench.add_argument(
+        "--peer-bf16", action="store_true", help="bert: transformers under bfloat16 autocast in any case"
+    )
     bench.add_argument("--data", type=Path, help="bert: a corpus of `prepare` (default: the shipped text)")
     bench.add_argument("--text", type=Path, help="data: a plain text file (default: the shipped one)")
     bench.add_argument("--vocab", type=Path, help="data: a vocab.txt (default: 8,192 pieces, trained first)")

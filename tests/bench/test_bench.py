@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: the models' shapes, ratios to the unit, and figures that can be read again."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,10 @@ def test_every_contender_is_beside_the_unit(small: None, tmp_path: Path) -> None
 
 def test_contenders_take_turns() -> None:
     order: list[str] = []
-    seconds = timing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, 3, warm_up=1)
-    assert order == ["a", "b"] * 4
-    assert seconds.keys() == {"a", "b"}
+    work = {name: partial(order.append, name) for name in "ab"}
+    times = timing.interleaved(work, CPU, 3, warm_up=1, before=lambda name: order.append(f"before {name}"))
+    assert order == ["before a", "a", "before b", "b"] * 4
+    assert [len(values) for values in times.values()] == [3, 3]
 
 
 def test_memory_that_a_step_takes_is_seen() -> None:

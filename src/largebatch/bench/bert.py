@@ -3,7 +3,6 @@
 import importlib.util
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +17,10 @@ from largebatch.experiments.pretraining import as_micro_batch
 from largebatch.models import BertConfig, BertForPreTraining, pretraining_loss, training_flops
 from largebatch.train import hardware
 
-from .timing import Work, set_allocator
+from .timing import Work, interleaved, set_allocator
 
 TEXT = Path(largebatch.__file__).parent / "assets" / "demo_corpus"
+_TUNED = ", tuned allocator"
 MicroBatches = list[dict[str, torch.Tensor]]
 
 
@@ -41,14 +41,16 @@ def bench_bert(
     sequences: int = 64,
     micro_batch: int = 32,
     corpus: Corpus | None = None,
+    peer_bf16: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Time ours and transformers' model, in turn, on the same sequences: masked words, next sentences, dropout 0.1.
 
     Ours runs as the training command runs it: on real tokens alone, the vocabulary's logits at masked positions, the
     tuned allocator. Theirs is `BertForPreTraining` from its own configuration with its own padding, under the allocator
-    as it comes and under the tuned one. Both under bfloat16 autocast where the device has units for it. Both models
-    have the published vocabulary of 30,522, whatever the text's.
+    as it comes and under the tuned one. Both under bfloat16 autocast where the device has units for it; ``peer_bf16``
+    has theirs go under it on other devices too, as its users are told to, where a step can take a hundred times longer.
+    Both models have the published vocabulary of 30,522, whatever the text's.
 
     Returns:
         A row for each size, length and contender: real tokens/s, what share of all positions these are,
@@ -65,6 +67,7 @@ def bench_bert(
                 sequences=sequences,
                 micro_batch=micro_batch,
                 corpus=shipped,
+                peer_bf16=peer_bf16,
                 say=say,
             )
     rows = []
@@ -85,14 +88,20 @@ def bench_bert(
             )
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16)
             own = _ours(config, batches, sequences, autocast, device)
-            contenders: dict[str, tuple[Work, bool]] = {"largebatch": (own, True)}
+            contenders = {"largebatch": own}
             if importlib.util.find_spec("transformers"):
-                theirs = _transformers(config, batches, autocast, device)
-                contenders["transformers"] = (theirs, False)
-                contenders["transformers, tuned allocator"] = (theirs, True)
+                contenders["transformers"] = _transformers(config, batches, autocast, device)
+                if peer_bf16 and not fast_bf16:
+                    slow = torch.autocast(device.type, torch.bfloat16)
+                    contenders["transformers, bfloat16"] = _transformers(config, batches, slow, device)
+                contenders |= {f"{name}{_TUNED}": work for name, work in contenders.items() if work is not own}
             else:
                 say("transformers: not installed")
-            times = _in_turn(contenders, device, rounds)
+            times = interleaved(
+                contenders, device, rounds, warm_up=1,
+                before=lambda name: set_allocator(name == "largebatch" or name.endswith(_TUNED)),
+            )  # fmt: skip
+            set_allocator(True)
             for name in contenders:
                 seconds = statistics.median(times[name])
                 ratio = statistics.median(a / b for a, b in zip(times[name], times["largebatch"], strict=True))
@@ -113,20 +122,6 @@ def bench_bert(
                     }
                 )
     return rows
-
-
-def _in_turn(contenders: dict[str, tuple[Work, bool]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds + 1):
-        for name, (work, tuned) in contenders.items():
-            set_allocator(tuned)
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - start)
-    set_allocator(True)
-    return {name: values[1:] for name, values in times.items()}
 
 
 def _ours(

@@ -78,7 +78,8 @@ def _bert(options: argparse.Namespace, device: torch.device) -> Rows:
     corpus = None if options.data is None else Corpus.open(options.data)
     rows = bench_bert(
         options.models or ["tiny", "mini"], options.lengths or [128], device, rounds=options.rounds or 10,
-        sequences=options.sequences, micro_batch=options.micro_batch, corpus=corpus, say=_say,
+        sequences=options.sequences, micro_batch=options.micro_batch, corpus=corpus,
+        peer_bf16=options.peer_bf16, say=_say,
     )  # fmt: skip
     show_table(
         f"BERT, forward and backward, {rows[0]['dtype']}: real tokens",

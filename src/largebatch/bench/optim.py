@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .peers import UNIT, Contender, contenders, parameters, shapes_of
-from .timing import copy_bytes_per_s, peak_extra_bytes, set_allocator
+from .timing import copy_bytes_per_s, interleaved, peak_extra_bytes, set_allocator
 
 Say = Callable[[str], None]
 
@@ -81,15 +81,7 @@ def _against_unit(
     step()
     first_s = time.perf_counter() - start
     beside = step if contender.name == UNIT else unit.make(params)
-    times: dict[str, list[float]] = {"own": [], "unit": []}
-    for _ in range(rounds + 2):
-        for name, work in (("unit", beside), ("own", step)):
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - start)
-    own, other = times["own"][2:], times["unit"][2:]
+    other, own = interleaved({"unit": beside, "own": step}, device, rounds).values()
     quartiles = statistics.quantiles([a / b for a, b in zip(own, other, strict=True)], n=4)
     return {
         "ms": 1e3 * statistics.median(own),

@@ -63,6 +63,7 @@ def contenders(device: torch.device, compiled: bool) -> list[Contender]:
     ]
     if cuda:
         found += [
+            Contender("largebatch LAMB, one launch", _in_one_launch(ours(largebatch.LAMB))),
             Contender(
                 "apex FusedLAMB", lambda params: module_of("apex.optimizers").FusedLAMB(params, lr=1e-4).step, 52
             ),
@@ -77,6 +78,24 @@ def contenders(device: torch.device, compiled: bool) -> list[Contender]:
     if compiled:
         found.append(Contender("timm Lamb, no clipping, compiled", _compiled_timm, slow_start=True))
     return found
+
+
+def _in_one_launch(make: Make) -> Make:
+    def made(params: Params) -> Callable[[], object]:
+        from largebatch.optim.triton import BACKEND
+
+        step = make(params)
+
+        def run() -> None:
+            BACKEND.one_launch = True
+            try:
+                step()
+            finally:
+                BACKEND.one_launch = False
+
+        return run
+
+    return made
 
 
 def _compiled_timm(params: Params) -> Callable[[], object]:

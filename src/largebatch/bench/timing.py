@@ -15,18 +15,23 @@ Work = Callable[[], object]
 
 
 def interleaved(
-    contenders: Mapping[str, Work], device: torch.device, rounds: int, warm_up: int = 2
-) -> dict[str, float]:
-    """Return the median seconds of each contender over rounds in which all take their turn."""
+    contenders: Mapping[str, Work],
+    device: torch.device,
+    rounds: int,
+    warm_up: int = 2,
+    before: Callable[[str], object] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Return the seconds of each contender in rounds in which all take their turn; ``before`` each is not timed."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + warm_up):
         for name, work in contenders.items():
+            before(name)
             start = time.perf_counter()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
+    return {name: values[warm_up:] for name, values in times.items()}
 
 
 def set_allocator(tuned: bool) -> str:
@@ -41,7 +46,7 @@ def copy_bytes_per_s(device: torch.device) -> float:
     """Return how many bytes a copy of 256 MB reads and writes in a second: what a pass over memory can reach."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    seconds = interleaved({"copy": lambda: target.copy_(source)}, device, rounds=10)["copy"]
+    seconds = statistics.median(interleaved({"copy": lambda: target.copy_(source)}, device, rounds=10)["copy"])
     return 2 * source.numel() * source.element_size() / seconds
 
 
