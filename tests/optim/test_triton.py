@@ -4,6 +4,7 @@ Guards what only they can get wrong: descriptors that outlive what they describe
 sums, the rounding of states and masters. Without a GPU the kernels are also compiled for two, to machine code.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -30,8 +31,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip("Triton compiles here; set TRITON_INTERPRET=1 to interpret")
     monkeypatch.setattr(backend, "CHUNK", 512)
     monkeypatch.setattr(backend, "BLOCK", 256)
+    monkeypatch.setattr(backend, "SMALL_CHUNK", 512)
+    monkeypatch.setattr(backend, "SMALL_BLOCK", 256)
     monkeypatch.setattr(backend, "SHARES", 4)
     return request.param
+
+
+@pytest.fixture(params=["three-launches", "one-launch"])
+def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.BACKEND, "one_launch", request.param == "one-launch")
 
 
 def on(device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -54,6 +62,7 @@ MANY = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for na
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", MANY)
+@pytest.mark.usefixtures("launches")
 def test_equals_the_reference(name: str, dtype: torch.dtype, device: str) -> None:
     params, twins = on(device, dtype), on(device, dtype)
     fast, slow = walk(name, params, 3, backend="triton"), walk(name, twins, 3, backend="reference")
@@ -70,6 +79,7 @@ def test_equals_the_reference(name: str, dtype: torch.dtype, device: str) -> Non
 
 @pytest.mark.parametrize("settings", [{}, {"master_weights": True}, {"state_dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.usefixtures("launches")
 def test_narrow_types_round_as_the_reference_does(dtype: torch.dtype, settings: dict, device: str) -> None:
     # One step, of which each value is rounded once: to another neighbour only where the two float32 values before it,
     # which differ in the last place, lie on two sides of a boundary: one in 2^16 for the state, 2^13 for float16.
@@ -85,6 +95,7 @@ def test_narrow_types_round_as_the_reference_does(dtype: torch.dtype, settings: 
             assert int(differ.sum()) <= 0.005 * x.numel() + 1
 
 
+@pytest.mark.usefixtures("launches")
 def test_two_runs_are_the_same_bits(device: str) -> None:
     params, twins = on(device), on(device)
     walk("nnlamb", params, 2, backend="triton")
@@ -92,6 +103,7 @@ def test_two_runs_are_the_same_bits(device: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(params, twins, strict=True))
 
 
+@pytest.mark.usefixtures("launches")
 def test_what_moved_in_memory_is_found_again(device: str) -> None:
     params, twins = on(device), on(device)
     optimizers = [LAMB(params, lr=1e-2, backend="triton"), LAMB(twins, lr=1e-2, backend="reference")]
@@ -108,6 +120,7 @@ def test_what_moved_in_memory_is_found_again(device: str) -> None:
     assert largest_difference(kept[0], params) > 1e-3
 
 
+@pytest.mark.usefixtures("launches")
 def test_a_layer_with_a_bad_gradient_waits(device: str) -> None:
     params, twins = on(device), on(device)
     optimizers = [LAMB(params, lr=1e-2, backend="triton"), LAMB(twins, lr=1e-2, backend="reference")]
@@ -137,6 +150,62 @@ def test_a_bert_embedding_agrees_with_float64(monkeypatch: pytest.MonkeyPatch) -
     optimizer = LAMB([x], lr=0.0, eps=0.0, weight_decay=0.0, backend="triton")
     optimizer.step()
     assert float(optimizer.trust_ratios()[0]) == pytest.approx(exact / x.numel() ** 0.5, rel=1e-6)
+
+
+def test_tasks_wait_only_for_tasks_before_them() -> None:
+    num_chunks = [3, 0, 1, 1, 7, 2]
+    for lag in (1, 4, 100):
+        order = backend.tasks(num_chunks, lag)
+        assert sorted(order) == list(range(2 * sum(num_chunks)))
+        for first, num in zip(itertools.accumulate(num_chunks, initial=0), num_chunks, strict=False):
+            directs, again = ([order.index(2 * chunk + k) for chunk in range(first, first + num)] for k in (0, 1))
+            assert max(directs, default=0) <= min(again, default=0)
+            assert again == sorted(again, reverse=True)
+    assert backend.tasks([2, 2, 2], lag=2) == [0, 2, 4, 6, 3, 1, 8, 10, 7, 5, 11, 9]
+
+
+@pytest.mark.parametrize("phi", [None, torch.sqrt], ids=["clipped-by-nothing", "callable"])
+@pytest.mark.usefixtures("launches")
+def test_a_gradient_scaler_does_not_wait_for_it(phi: object, device: str) -> None:
+    # torch's scaler asks the device whether to take a step, unless the optimizer says that it looks by itself.
+    params, twins = on(device), on(device)
+    skips = LAMB(params, lr=1e-2, phi=phi, backend="triton", capturable=True)
+    waits = LAMB(twins, lr=1e-2, phi=phi, backend="reference", capturable=True)
+    calls = {skips: 0, waits: 0}
+    for optimizer in calls:
+        optimizer.register_step_pre_hook(lambda which, *_: calls.update({which: calls[which] + 1}))
+    scalers = [torch.amp.GradScaler(device, init_scale=2.0**12, growth_interval=2) for _ in calls]
+    for step in range(5):
+        for scaler, optimizer, xs in zip(scalers, (skips, waits), (params, twins), strict=True):
+            scale = scaler.scale(torch.ones((), device=device))
+            give_gradients(xs, step)
+            for x in xs:
+                x.grad *= scale
+            if step == 2:
+                xs[2].grad.view(-1)[0] = torch.inf
+                before = [x.detach().clone() for x in xs]
+            if step == 3:
+                scaler.unscale_(optimizer)  # as before clipping
+            scaler.step(optimizer)
+            scaler.update()
+            if step == 2:
+                assert all(torch.equal(x, y) for x, y in zip(xs, before, strict=True))
+                assert all(ratio.isnan() for i, ratio in skips.trust_ratios().items() if params[i].numel())
+    assert calls == {skips: 5, waits: 4}
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+    assert all(float(skips.state[x]["step"]) == 4 for x in params)
+    assert largest_difference(params, twins) < CLOSE[torch.float32]
+    assert largest_difference(params, on(device)) > 1e-3
+
+
+def test_a_scaler_waits_where_the_host_counts_the_steps(device: str) -> None:
+    params = on(device)
+    give_gradients(params, 0)
+    optimizer = LAMB(params, backend="triton")
+    optimizer.found_inf = torch.ones((), device=device)  # which nobody sets who asked
+    optimizer.step()
+    assert not optimizer._step_supports_amp_scaling
+    assert largest_difference(params, on(device)) > 1e-4
 
 
 @pytest.mark.gpu
@@ -179,7 +248,7 @@ from largebatch import LAMB
 from largebatch.optim import triton_kernels as kernels
 
 pointers = {"rows": "*i64", "chunks": "*i32", "hypers": "*fp64"}
-pointers |= {"shares": "*fp32", "totals": "*fp64", "ratios": "*fp64"}
+pointers |= {"shares": "*fp32", "totals": "*fp64", "ratios": "*fp64", "tasks": "*i32", "counters": "*i32"}
 
 def build(kernel, capability, **constants):
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
@@ -191,8 +260,13 @@ for capability, rule in itertools.product((80, 90), ("lamb", "lars", "lars2017")
     types = {"x_type": tl.float32, "g_type": tl.bfloat16, "state_type": tl.float32, **common}
     code = build(kernels.direct, capability, rule=rule, norm="l2", **types)
     assert ".v4" in code["ptx"], "no 16 bytes at a time"
-    code = build(kernels.descend, capability, rule=rule, rounded_type=tl.float16, rounds=True, reads_g=True, **types)
+    second = {"rounded_type": tl.float16, "rounds": True, "reads_g": True}
+    code = build(kernels.descend, capability, rule=rule, **second, **types)
     assert len(code["cubin"]) > 10_000
+    code = build(
+        kernels.whole, capability, rule=rule, norm="l2", shares_block=1024, total_type=tl.float64, **second, **types
+    )
+    assert all(f"gpu.{order}." in code["ptx"] for order in ("acquire", "release", "acq_rel")), "nothing orders them"
 build(kernels.settle, 90, norm="l2", size=16384, block=1024, dtype=tl.float64)
 types = {"x_type": tl.bfloat16, "g_type": tl.float16, "state_type": tl.bfloat16, **common, "aligned": False}
 build(kernels.direct, 90, rule="lamb", norm="linf", **types)

@@ -59,6 +59,13 @@ class Steps:
     memo: Any = None  # as that of `Layers`
 
 
+class Scaling(NamedTuple):
+    """What a gradient scaler says of a step without waiting for the device. The tensors are 0-D."""
+
+    scale: Tensor | float  # that the gradients are yet to be divided by
+    found_inf: Tensor  # other than 0 if the step is not to be taken
+
+
 class Layers(list[Layer]):
     """The layers of one step on one device: the same object from step to step until one of them is another."""
 
@@ -68,6 +75,7 @@ class Layers(list[Layer]):
         self.memo: Any = None  # what a backend derives from them, and wants to find again
         self.grads: list[Tensor] = []  # of this step
         self.runs: list[Run] = []  # of this step: together they cover all layers
+        self.scaling: Scaling | None = None  # of this step's gradients, where the backend `takes_scaling`
 
     def spread(self) -> None:
         """Give every layer its gradient and numbers of this step."""
@@ -89,6 +97,7 @@ class Backend:
 
     name: str
     compiles = True  # whether `torch.compile` can trace it
+    takes_scaling = False  # whether it heeds `Layers.scaling`
     by_layer = True  # whether it reads the fields of each layer; else it reads `Layers.grads` and `Layers.runs`
 
     def refuses(self, rule: str, params: Sequence[Tensor]) -> str | None:

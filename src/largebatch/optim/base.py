@@ -114,6 +114,15 @@ class LayerwiseOptimizer(Optimizer):
         """Name the code that moves the layers, which ``backend="auto"`` leaves the optimizer to choose."""
         return self._backend.name
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tell `torch.amp.GradScaler` that a step divides the gradients by ``grad_scale`` and skips on ``found_inf``.
+
+        The scaler then sets both and never waits for the device. The gradients stay as they are, scaled.
+        """
+        on_device = not self.counts_steps or all(group["capturable"] for group in self.param_groups)
+        return self._backend.takes_scaling and on_device and not torch.compiler.is_compiling()
+
     def _backend_now(self) -> Backend:
         """Return the backend to use: that of torch operations where `torch.compile` traces the step."""
         return self._traceable_backend if torch.compiler.is_compiling() else self._backend

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import norms
-from .backends import Backend, Layer, Layers, Run, Steps
+from .backends import Backend, Layer, Layers, Run, Scaling, Steps
 from .checks import check, check_dense
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Gathered:
         """Give all layers their gradients, and count the step in their numbers."""
         for layers in self.by_device.values():
             layers.grads, layers.runs = [], []
+            layers.scaling = scaling_of(optimizer, layers[0].x.device)
         found = [g for g in grads if g is not None]
         if not self.keeps:
             found = norms.gradients(
@@ -100,7 +101,8 @@ class Gathered:
             )
         for group, layers, places, _, parts, steps in self.members:
             ratio = optimizer._ratio(group) if group["adapt"] else None
-            own, numbers = [found[i] for i in places], hypers(optimizer, group, steps, len(places), backend)
+            own = [found[i] for i in places]
+            numbers = hypers(optimizer, group, steps, layers.scaling, len(places), backend)
             if self.keeps:
                 layers.grads += own
                 layers.runs += [Run(hyper, ratio, count) for hyper, count in numbers]
@@ -117,8 +119,23 @@ def sources(optimizer: "LayerwiseOptimizer", grads: Grads) -> Sources:
     return [list(optimizer.param_groups), params, [g is None for g in grads], tensors]
 
 
+def scaling_of(optimizer: "LayerwiseOptimizer", device: torch.device) -> Scaling | None:
+    """Return what `torch.amp.GradScaler` left at an optimizer that skips steps by itself."""
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if found_inf is None or not optimizer._step_supports_amp_scaling:
+        return None
+    found_inf = found_inf.to(device, non_blocking=True).reshape(())
+    return Scaling(1.0 if scale is None else scale.to(device, non_blocking=True).reshape(()), found_inf)
+
+
 def hypers(
-    optimizer: "LayerwiseOptimizer", group: dict[str, Any], steps: Steps, count: int, backend: Backend
+    optimizer: "LayerwiseOptimizer",
+    group: dict[str, Any],
+    steps: Steps,
+    scaling: Scaling | None,
+    count: int,
+    backend: Backend,
 ) -> list[tuple[Any, int]]:
     """Count the step of ``count`` parameters of a group; return the rule's numbers, and how many neighbours have them.
 
@@ -127,7 +144,7 @@ def hypers(
     if not steps.tensors:
         return [(optimizer._hyper(group, None), count)]
     if group["capturable"] or torch.compiler.is_compiling():
-        torch._foreach_add_(steps.tensors, 1)
+        torch._foreach_add_(steps.tensors, 1 if scaling is None else (scaling.found_inf == 0).float())
         together = torch.stack(steps.tensors).to(
             norms.total_dtype(steps.tensors[0].device)
         )  # one kernel for each number, not n

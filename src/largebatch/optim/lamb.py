@@ -70,7 +70,8 @@ class LAMB(LayerwiseOptimizer):
         backend: "auto", "reference", "foreach", "native" or "triton"; `LAMB.backend` says which it is.
         state_dtype: of m and v: None for float32 (float64 for float64 parameters), or torch.bfloat16, half the memory,
             stochastically rounded.
-        capturable: keep step counts on the parameters' device, so that a CUDA graph can hold the step.
+        capturable: keep step counts on the parameters' device, so that a CUDA graph can hold the step, and
+            `torch.amp.GradScaler` need not wait for the device (Triton backend).
         maximize: ascend.
         decoupled_weight_decay: x ← (1 − ηλ) x before line 4, which then has no λ (Keras; timm's ``decoupled_decay``).
         always_adapt: False leaves groups with ``weight_decay=0`` unadapted (Apex, timm).

@@ -1,4 +1,4 @@
-"""The CUDA backend: a step of all layers of the same dtypes is three launches, and no norm is a pass of its own.
+"""The CUDA backend: a step of all layers of the same dtypes is three launches or one, and no norm is a pass of its own.
 
 The first advances the state, forms u, and leaves each chunk's share of the two norms. The second joins the shares in a
 fixed order, so that runs repeat to the bit, and makes the trust ratios of them. The third forms u again from what the
@@ -6,11 +6,15 @@ first left behind, last chunk first, since that is what is still in cache. In fl
 writes m, v; the third reads x, m, v and writes x: 40 bytes a parameter. N-LAMB, NN-LAMB and Nesterov momentum read g
 twice.
 
+`Triton.one_launch` has the same programs do both passes over a layer one after the other, so that of a layer that fits
+the level-2 cache the second reads no memory: 28 bytes. It has not run on a GPU yet, hence it is off.
+
 Nothing waits for the device. The kernels find the tensors by a table on the device, which is sent anew only when one of
 them has moved, and learning rates and step counts that are tensors stay there: a CUDA graph can hold the step.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -21,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .backends import Backend, Layer, Layers
+from .backends import Backend, Layer, Layers, Scaling
 from .norms import total_dtype
 from .precision import compute_dtype
 
@@ -29,6 +33,11 @@ CHUNK = 1 << 14  # elements of a program
 BLOCK = 1 << 11  # of which it has this many in registers at a time
 SHARES = 1 << 10  # that are joined at a time
 WARPS = 8
+
+# Of the one launch: what all programs work on at a time leaves room in the level-2 cache for what they go back to.
+SMALL_CHUNK = 1 << 12
+SMALL_BLOCK = 1 << 10
+PROGRAMS_EACH = 2  # on a multiprocessor
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -41,8 +50,10 @@ class Part:
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of x, g and the state
     rounded: torch.dtype | None  # what a master copy is rounded to
     rows: list[list[int]] = field(default_factory=list)  # as on the device
+    size: int = 0  # of a chunk
     table: Tensor = field(init=False)  # [layers, COLUMNS] int64
     chunks: Tensor = field(init=False)  # [chunks] int32: the layer of each
+    tasks: Tensor = field(init=False)  # [2 * chunks] int32: see `triton_kernels.whole`
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of tensors that kernels cannot walk through
 
 
@@ -51,8 +62,10 @@ class Triton(Backend):
 
     name = "triton"
     compiles = False
+    takes_scaling = True
 
     def __init__(self) -> None:
+        self.one_launch = False  # where no process holds a part of a layer, and phi is no callable
         self._captured: list[Any] = []  # what CUDA graphs read for as long as they are replayed
 
     def refuses(self, rule: str, params: Sequence[Tensor]) -> str | None:
@@ -66,6 +79,8 @@ class Triton(Backend):
     def step(self, rule: str, layers: Layers, norm: str) -> Tensor | None:
         if any(layer.ratio is not None and callable(layer.ratio.phi) for layer in layers):
             return None
+        if self.one_launch:
+            return self._whole(rule, layers, norm)
         _, ratios, parts = self._direct(rule, layers, norm)
         self._descend(rule, layers, ratios, parts)
         return ratios
@@ -83,7 +98,7 @@ class Triton(Backend):
         ratios = torch.empty(len(layers), dtype=totals.dtype, device=device)
         parts = []
         for part in self._parts(layers):
-            hypers = self._enter(part, layers)
+            hypers = self._enter(part, layers, CHUNK)
             shares = torch.empty(2, len(part.chunks), dtype=compute_dtype(layers[part.owners[0]].x), device=device)
             if len(part.chunks):
                 kernels.direct[(len(part.chunks),)](
@@ -101,15 +116,32 @@ class Triton(Backend):
     def _descend(self, rule: str, layers: Layers, ratios: Tensor, parts: list[tuple[Part, Tensor]]) -> None:
         for part, hypers in parts:
             if len(part.chunks):
-                reads_g = rule == "lars2017" or any(needs_g(layers[owner].hyper) for owner in part.owners)
                 kernels.descend[(len(part.chunks),)](
                     part.table, part.chunks, hypers, ratios, len(part.chunks), rule=rule, size=CHUNK, block=BLOCK,
-                    rounded_type=TYPES[part.rounded or part.dtypes[0]], rounds=part.rounded is not None,
-                    reads_g=reads_g, num_warps=WARPS, **types(part),
+                    num_warps=WARPS, **types(part), **second_pass(rule, part, layers),
                 )  # fmt: skip
             copy_back(part)
-        moved = [tensor for layer in layers for tensor in (layer.x, layer.rounded) if tensor is not None]
-        torch.autograd.graph.increment_version(moved)
+        touch(layers)
+
+    def _whole(self, rule: str, layers: Layers, norm: str) -> Tensor:
+        """Take the whole step of all layers in one launch for each choice of dtypes."""
+        device = layers[0].x.device
+        totals = torch.empty(2, len(layers), dtype=total_dtype(device), device=device)
+        ratios = torch.ones(len(layers), dtype=totals.dtype, device=device)
+        for part in self._parts(layers):
+            hypers = self._enter(part, layers, SMALL_CHUNK)
+            if len(part.chunks):
+                shares = torch.empty(2, len(part.chunks), dtype=compute_dtype(layers[part.owners[0]].x), device=device)
+                counters = torch.zeros(1 + len(part.owners), dtype=torch.int32, device=device)
+                kernels.whole[(num_programs(device),)](
+                    part.table, part.chunks, part.tasks, hypers, shares, totals, ratios, counters,
+                    len(part.chunks), len(layers), len(part.tasks), rule=rule, norm=norm,
+                    total_type=TYPES[totals.dtype], size=SMALL_CHUNK, block=SMALL_BLOCK, shares_block=SHARES,
+                    num_warps=WARPS, **types(part), **second_pass(rule, part, layers),
+                )  # fmt: skip
+            copy_back(part)
+        touch(layers)
+        return ratios
 
     # ---- what the kernels are told ----
 
@@ -125,7 +157,7 @@ class Triton(Backend):
             known = layers.memo = [Part(own, *kind) for kind, own in owners.items()]
         return known
 
-    def _enter(self, part: Part, layers: Layers) -> Tensor:
+    def _enter(self, part: Part, layers: Layers, size: int) -> Tensor:
         """Bring the tables of these layers up to date, and return their numbers."""
         part.copies = []
         own = [layers[owner] for owner in part.owners]
@@ -138,24 +170,26 @@ class Triton(Backend):
             rows.append(
                 [*addresses, x.numel(), num_chunks, layer.position, *layer.origin, number, owner]
             )  # in the order of COLUMNS
-            num_chunks += -(-x.numel() // CHUNK)
+            num_chunks += -(-x.numel() // size)
         device = own[0].x.device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if rows != part.rows:
-            chunks = [i for i, row in enumerate(rows) for _ in range(-(-row[5] // CHUNK))]
-            part.rows = rows
+        if rows != part.rows or size != part.size:
+            numbers = [-(-row[5] // size) for row in rows]
+            chunks = [i for i, number in enumerate(numbers) for _ in range(number)]
+            part.rows, part.size = rows, size
             part.table = self._send(torch.tensor(rows, dtype=torch.int64), device)
             part.chunks = self._send(torch.tensor(chunks, dtype=torch.int32), device)
+            part.tasks = self._send(torch.tensor(tasks(numbers, num_programs(device)), dtype=torch.int32), device)
         if capturing:
-            self._captured.append((part.table, part.chunks))
+            self._captured.append((part.table, part.chunks, part.tasks))
         first = {
             number: layer for layer, row in zip(reversed(own), reversed(rows), strict=True) for number in row[-2:-1]
         }
-        return self._numbers([first[number] for number in range(len(first))], device)
+        return self._numbers([first[number] for number in range(len(first))], layers.scaling, device)
 
-    def _numbers(self, layers: Sequence[Layer], device: torch.device) -> Tensor:
+    def _numbers(self, layers: Sequence[Layer], scaling: Scaling | None, device: torch.device) -> Tensor:
         """Return the rows of numbers of some layers, [H, NUMBERS] float64. What is on the device never leaves it."""
-        table = [numbers_of(layer) for layer in layers]
+        table = [numbers_of(layer, scaling) for layer in layers]
         table = [[float(a) if isinstance(a, Tensor) and a.device != device else a for a in row] for row in table]
         if not any(isinstance(a, Tensor) for row in table for a in row):
             return self._send(torch.tensor(table, dtype=torch.float64), device)
@@ -189,6 +223,46 @@ def interpreted() -> bool:
     return type(kernels.direct).__name__ == "InterpretedFunction"
 
 
+def num_programs(device: torch.device) -> int:
+    """Return how many programs share the tasks of the one launch; interpreted, the first does them all."""
+    if device.type != "cuda":
+        return 2
+    return PROGRAMS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tasks(num_chunks: Sequence[int], lag: int) -> list[int]:
+    """Return the order of the tasks of `triton_kernels.whole` for layers of so many chunks each.
+
+    The second pass over a layer begins ``lag`` tasks after the last of its first: later it would have left the cache,
+    earlier it would wait for programs that are still at it. It goes backwards, from what is surely in cache.
+    """
+    ordered: list[int] = []
+    waiting: deque[tuple[int, range]] = deque()
+    first = 0
+    for num in num_chunks:
+        for chunk in range(first, first + num):
+            ordered.append(2 * chunk)
+            while waiting and waiting[0][0] <= len(ordered):
+                ordered += [2 * again + 1 for again in waiting.popleft()[1]]
+        waiting.append((len(ordered) + lag, range(first + num - 1, first - 1, -1)))
+        first += num
+    return ordered + [2 * again + 1 for _, layer in waiting for again in layer]
+
+
+def second_pass(rule: str, part: Part, layers: Layers) -> dict[str, Any]:
+    return {
+        "rounded_type": TYPES[part.rounded or part.dtypes[0]],
+        "rounds": part.rounded is not None,
+        "reads_g": rule == "lars2017" or any(needs_g(layers[owner].hyper) for owner in part.owners),
+    }
+
+
+def touch(layers: Layers) -> None:
+    """Tell autograd that the weights have changed."""
+    moved = [tensor for layer in layers for tensor in (layer.x, layer.rounded) if tensor is not None]
+    torch.autograd.graph.increment_version(moved)
+
+
 def types(part: Part) -> dict[str, Any]:
     x, g, state = part.dtypes
     compute = torch.promote_types(x, torch.float32)
@@ -208,9 +282,10 @@ def needs_g(hyper: Any) -> bool:
     return any(isinstance(scale, Tensor) or scale != 0 for scale in scales)
 
 
-def numbers_of(layer: Layer) -> list[Any]:
+def numbers_of(layer: Layer, scaling: Scaling | None) -> list[Any]:
     """Return a layer's row of numbers, in the order of `triton_kernels.NUMBERS`."""
     numbers = dict(layer.hyper._asdict())
+    numbers |= {"grad_scale": 1.0} if scaling is None else {"grad_scale": scaling.scale, "found_inf": scaling.found_inf}
     if layer.ratio is not None:
         phi, bounds = layer.ratio.phi, layer.ratio.bounds
         low, high = (-math.inf, math.inf) if phi is None or callable(phi) else phi

@@ -22,11 +22,13 @@ NUMBERS = (
     *("t", "rate", "keep", "beta1", "beta2", "eps", "weight_decay", "maximize"),
     *("m_scale", "g_scale", "v_scale", "g_sq_scale", "momentum", "nesterov"),
     *("adapt", "shrink", "eps_of_ratio", "decay", "coefficient", "low", "high", "lower", "upper"),
+    *("grad_scale", "found_inf"),
 )
 NUM_NUMBERS = tl.constexpr(len(NUMBERS))
 T, RATE, KEEP, BETA1, BETA2, EPS, WEIGHT_DECAY, MAXIMIZE = map(tl.constexpr, range(8))
 M_SCALE, G_SCALE, V_SCALE, G_SQ_SCALE, MOMENTUM, NESTEROV = map(tl.constexpr, range(8, 14))
 ADAPT, SHRINK, EPS_OF_RATIO, DECAY, COEFFICIENT, LOW, HIGH, LOWER, UPPER = map(tl.constexpr, range(14, 23))
+GRAD_SCALE, FOUND_INF = map(tl.constexpr, range(23, 25))
 
 
 @triton.jit
@@ -174,18 +176,24 @@ def lars_average(x, g, m, numbers):
     return momentum * m + rest * (g + decay * x)
 
 
+@triton.jit
+def factor_of_g(hypers, h, compute: tl.constexpr):
+    """What turns a gradient as it comes into one to descend along."""
+    return ((1 - 2 * number(hypers, h, MAXIMIZE)) / number(hypers, h, GRAD_SCALE)).to(compute)
+
+
 # ---- the passes ----
 
 
 @triton.jit
 def direct_block(
-    at, index, inside, totals, sign, numbers, averages, seed, origin,
+    at, index, inside, totals, factor, numbers, averages, seed, origin,
     rule: tl.constexpr, norm: tl.constexpr, compute: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     x_at, g_at, m_at, v_at = at
     x_total, u_total = totals
     x = read(x_at, index, inside, masked, compute)
-    g, broken = usable(sign * read(g_at, index, inside, masked, compute))
+    g, broken = usable(factor * read(g_at, index, inside, masked, compute))
     if rule == "lamb":
         beta1, rest1, beta2, rest2 = averages
         m = beta1 * read(m_at, index, inside, masked, compute) + rest1 * g
@@ -205,13 +213,12 @@ def direct_block(
 
 
 @triton.jit
-def direct(
-    rows, chunks, hypers, shares, num_chunks,
+def direct_chunk(
+    chunk, rows, chunks, hypers, shares, num_chunks,
     rule: tl.constexpr, norm: tl.constexpr, x_type: tl.constexpr, g_type: tl.constexpr, state_type: tl.constexpr,
     compute: tl.constexpr, aligned: tl.constexpr, size: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Advance the state and leave the chunk's share of the norms of x and u in ``shares``, [2, chunks]."""
-    chunk = tl.program_id(0)
     layer = tl.load(chunks + chunk).to(tl.int64)
     at = (
         located(column(rows, layer, X), x_type, aligned),
@@ -221,10 +228,10 @@ def direct(
     )
     origin = column(rows, layer, START), column(rows, layer, RUN), column(rows, layer, SKIP)
     begin = (chunk - column(rows, layer, FIRST_CHUNK)).to(tl.int64) * size
-    end = tl.minimum(begin + size, column(rows, layer, COUNT))
-
     h = column(rows, layer, HYPER)
-    sign = 1 - 2 * number(hypers, h, MAXIMIZE).to(compute)
+    end = tl.where(number(hypers, h, FOUND_INF) == 0, tl.minimum(begin + size, column(rows, layer, COUNT)), begin)
+
+    factor = factor_of_g(hypers, h, compute)
     numbers = numbers_of_u(hypers, h, rule, compute)
     beta1, beta2 = number(hypers, h, BETA1), number(hypers, h, BETA2)
     averages = beta1.to(compute), (1 - beta1).to(compute), beta2.to(compute), (1 - beta2).to(compute)
@@ -237,11 +244,11 @@ def direct(
         inside = index < end
         if first + block <= end:
             totals = direct_block(
-                at, index, inside, totals, sign, numbers, averages, seed, origin, rule, norm, compute, False
+                at, index, inside, totals, factor, numbers, averages, seed, origin, rule, norm, compute, False
             )
         elif first < end:
             totals = direct_block(
-                at, index, inside, totals, sign, numbers, averages, seed, origin, rule, norm, compute, True
+                at, index, inside, totals, factor, numbers, averages, seed, origin, rule, norm, compute, True
             )
     tl.store(shares + chunk, joined(totals[0], norm))
     tl.store(shares + num_chunks + chunk, joined(totals[1], norm))
@@ -264,17 +271,17 @@ def joined_shares(shares, num, norm: tl.constexpr, block: tl.constexpr, dtype: t
 
 
 @triton.jit
-def settle(
-    rows, hypers, shares, num_chunks, totals, ratios, num_layers,
+def settle_layer(
+    layer, rows, hypers, shares, num_chunks, totals, ratios, num_layers,
     norm: tl.constexpr, size: tl.constexpr, block: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Join the shares of a layer into ``totals``, [2, layers], and make its ratio, as `norms.trust_ratio` does."""
-    layer = tl.program_id(0).to(tl.int64)
     h, owner = column(rows, layer, HYPER), column(rows, layer, OWNER)
     num = (column(rows, layer, COUNT) + size - 1) // size
     shares += column(rows, layer, FIRST_CHUNK)
     x_norm = joined_shares(shares, num, norm, block, dtype)
     u_norm = joined_shares(shares + num_chunks, num, norm, block, dtype)
+    u_norm = tl.where(number(hypers, h, FOUND_INF) == 0, u_norm, float("inf" if norm == "linf" else "nan"))
     tl.store(totals + owner, x_norm)
     tl.store(totals + num_layers + owner, u_norm)
 
@@ -293,7 +300,7 @@ def settle(
 
 @triton.jit
 def descend_block(
-    at, rounded_at, index, inside, sign, numbers, step,
+    at, rounded_at, index, inside, factor, numbers, step,
     rule: tl.constexpr, compute: tl.constexpr, masked: tl.constexpr, rounds: tl.constexpr, reads_g: tl.constexpr,
 ):  # fmt: skip
     x_at, g_at, m_at, v_at = at
@@ -302,7 +309,7 @@ def descend_block(
     m = read(m_at, index, inside, masked, compute)
     g = x
     if reads_g:
-        g, _ = usable(sign * read(g_at, index, inside, masked, compute))
+        g, _ = usable(factor * read(g_at, index, inside, masked, compute))
     if rule == "lamb":
         v = read(v_at, index, inside, masked, compute)
         x = keep * x - rate * (ratio * lamb_u(x, g, m, v, numbers))
@@ -320,14 +327,13 @@ def descend_block(
 
 
 @triton.jit
-def descend(
-    rows, chunks, hypers, ratios, num_chunks,
+def descend_chunk(
+    chunk, rows, chunks, hypers, ratios,
     rule: tl.constexpr, x_type: tl.constexpr, g_type: tl.constexpr, state_type: tl.constexpr, compute: tl.constexpr,
     rounded_type: tl.constexpr, aligned: tl.constexpr, size: tl.constexpr, block: tl.constexpr, reads_g: tl.constexpr,
     rounds: tl.constexpr,
 ):  # fmt: skip
     """Form u again and move x along it, unless the layer's ratio is NaN; a master copy is rounded on the way."""
-    chunk = num_chunks - 1 - tl.program_id(0)
     layer = tl.load(chunks + chunk).to(tl.int64)
     ratio = tl.load(ratios + column(rows, layer, OWNER))
     at = (
@@ -341,7 +347,7 @@ def descend(
     end = tl.where(ratio == ratio, tl.minimum(begin + size, column(rows, layer, COUNT)), begin)
 
     h = column(rows, layer, HYPER)
-    sign = 1 - 2 * number(hypers, h, MAXIMIZE).to(compute)
+    factor = factor_of_g(hypers, h, compute)
     numbers = numbers_of_u(hypers, h, rule, compute)
     step = number(hypers, h, KEEP).to(compute), number(hypers, h, RATE).to(compute), ratio.to(compute)
     for offset in range(0, size, block):
@@ -349,6 +355,91 @@ def descend(
         index = first + tl.arange(0, block).to(tl.int64)
         inside = index < end
         if first + block <= end:
-            descend_block(at, rounded_at, index, inside, sign, numbers, step, rule, compute, False, rounds, reads_g)
+            descend_block(at, rounded_at, index, inside, factor, numbers, step, rule, compute, False, rounds, reads_g)
         elif first < end:
-            descend_block(at, rounded_at, index, inside, sign, numbers, step, rule, compute, True, rounds, reads_g)
+            descend_block(at, rounded_at, index, inside, factor, numbers, step, rule, compute, True, rounds, reads_g)
+
+
+# ---- three launches: a pass over all layers each ----
+
+
+@triton.jit
+def direct(
+    rows, chunks, hypers, shares, num_chunks,
+    rule: tl.constexpr, norm: tl.constexpr, x_type: tl.constexpr, g_type: tl.constexpr, state_type: tl.constexpr,
+    compute: tl.constexpr, aligned: tl.constexpr, size: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    direct_chunk(
+        tl.program_id(0), rows, chunks, hypers, shares, num_chunks,
+        rule, norm, x_type, g_type, state_type, compute, aligned, size, block,
+    )  # fmt: skip
+
+
+@triton.jit
+def settle(
+    rows, hypers, shares, num_chunks, totals, ratios, num_layers,
+    norm: tl.constexpr, size: tl.constexpr, block: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    layer = tl.program_id(0).to(tl.int64)
+    settle_layer(layer, rows, hypers, shares, num_chunks, totals, ratios, num_layers, norm, size, block, dtype)
+
+
+@triton.jit
+def descend(
+    rows, chunks, hypers, ratios, num_chunks,
+    rule: tl.constexpr, x_type: tl.constexpr, g_type: tl.constexpr, state_type: tl.constexpr, compute: tl.constexpr,
+    rounded_type: tl.constexpr, aligned: tl.constexpr, size: tl.constexpr, block: tl.constexpr, reads_g: tl.constexpr,
+    rounds: tl.constexpr,
+):  # fmt: skip
+    descend_chunk(
+        num_chunks - 1 - tl.program_id(0), rows, chunks, hypers, ratios,
+        rule, x_type, g_type, state_type, compute, rounded_type, aligned, size, block, reads_g, rounds,
+    )  # fmt: skip
+
+
+# ---- one launch: both passes over a layer while it is in cache ----
+
+
+@triton.jit
+def whole(
+    rows, chunks, tasks, hypers, shares, totals, ratios, counters, num_chunks, num_layers, num_tasks,
+    rule: tl.constexpr, norm: tl.constexpr, x_type: tl.constexpr, g_type: tl.constexpr, state_type: tl.constexpr,
+    compute: tl.constexpr, total_type: tl.constexpr, rounded_type: tl.constexpr, aligned: tl.constexpr,
+    size: tl.constexpr, block: tl.constexpr, shares_block: tl.constexpr, reads_g: tl.constexpr, rounds: tl.constexpr,
+):  # fmt: skip
+    """Take tasks until none is left: the first pass over a chunk, 2 * chunk, or the second, 2 * chunk + 1.
+
+    Tasks are drawn in their order, and one waits only for tasks before it, so that whatever waits, something moves.
+    ``counters`` begin as 0. The first is the number of tasks drawn; after it, each layer has the number of chunks that
+    have been through the first pass, plus one when its ratio is there, which is for the last of them to make.
+    """
+    task = tl.atomic_add(counters, 1)
+    while task < num_tasks:
+        what = tl.load(tasks + task)
+        chunk = what // 2
+        layer = tl.load(chunks + chunk).to(tl.int64)
+        done = counters + 1 + layer
+        num = ((column(rows, layer, COUNT) + size - 1) // size).to(tl.int32)
+        if what % 2 == 0:
+            direct_chunk(
+                chunk, rows, chunks, hypers, shares, num_chunks,
+                rule, norm, x_type, g_type, state_type, compute, aligned, size, block,
+            )  # fmt: skip
+            tl.debug_barrier()  # what all threads wrote comes before the count
+            if tl.atomic_add(done, 1, sem="acq_rel") == num - 1:
+                tl.debug_barrier()
+                settle_layer(
+                    layer, rows, hypers, shares, num_chunks, totals, ratios, num_layers,
+                    norm, size, shares_block, total_type,
+                )  # fmt: skip
+                tl.debug_barrier()
+                tl.atomic_add(done, 1, sem="release")
+        else:
+            while tl.atomic_add(done, 0, sem="acquire") <= num:
+                pass
+            tl.debug_barrier()
+            descend_chunk(
+                chunk, rows, chunks, hypers, ratios,
+                rule, x_type, g_type, state_type, compute, rounded_type, aligned, size, block, reads_g, rounds,
+            )  # fmt: skip
+        task = tl.atomic_add(counters, 1)
