@@ -16,9 +16,10 @@ from largebatch.data import SampleStream, dropout_keys
 from largebatch.experiments import pretraining, recipes
 from largebatch.experiments.config import BertChoice, StageConfig, TextData
 from largebatch.experiments.pretraining import PretrainingWorkload, as_micro_batch
+from largebatch.experiments.workload import pack
 
 
-def workload(corpus: Path, batch_size: int, micro_batch_size: int) -> PretrainingWorkload:
+def workload(corpus: Path, batch_size: int, micro_batch_size: int, sharding: str = "ddp") -> PretrainingWorkload:
     stage = StageConfig("seq64", batch_size, 10, sequence_length=64, micro_batch_size=micro_batch_size)
     config = dataclasses.replace(
         recipes.get("bert-tiny"),
@@ -26,16 +27,18 @@ def workload(corpus: Path, batch_size: int, micro_batch_size: int) -> Pretrainin
         data=TextData(path=str(corpus)),
         stages=(stage,),
         dropout_masks="keyed",
+        sharding=sharding,
     )
     return PretrainingWorkload(config)
 
 
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("batch_size", "micro_batch_size"), [(24, 24), (20, 8), (150, 64), (24, 1)])
 def test_read_ahead_or_not_the_batches_are_the_same(
-    corpus: Path, batch_size: int, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, batch_size: int, micro_batch_size: int, sharding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against instances made for each epoch's rows of each micro-batch; over the end of an epoch, from within one."""
-    work = workload(corpus, batch_size, micro_batch_size)
+    work = workload(corpus, batch_size, micro_batch_size, sharding)
     instances = work._train[0]
     num = instances.num_instances(0)
     cursor = {"epoch": 0, "position": num - 30}
@@ -48,9 +51,12 @@ def test_read_ahead_or_not_the_batches_are_the_same(
         assert batch.cursor == {"stage": 0, **cursor}
         expected = [(epoch, index) for epoch, indices in pieces for index in indices.tolist()]
         assert batch.num_sequences == batch.totals["sequences"] == len(expected) == batch_size
-        assert [len(each["input_ids"]) for each in batch.micro_batches] == [
-            min(micro_batch_size, batch_size - first) for first in range(0, batch_size, micro_batch_size)
-        ]
+        sizes = [len(each["input_ids"]) for each in batch.micro_batches]
+        if sharding == "fsdp":  # all ranks have to make as many passes through the model
+            assert set(sizes[:-1]) <= {micro_batch_size}
+        else:
+            assert all(int(each["attention_mask"].sum()) <= 64 * micro_batch_size for each in batch.micro_batches)
+            assert len(sizes) <= -(-batch_size // micro_batch_size)
         tokens = masked = row = 0
         for micro_batch in batch.micro_batches:
             positions, labels = micro_batch["masked_positions"], micro_batch["masked_labels"]
@@ -68,3 +74,24 @@ def test_read_ahead_or_not_the_batches_are_the_same(
                 tokens += int(alone["attention_mask"].sum())
         assert (batch.num_tokens, batch.totals["masked"]) == (tokens, masked)
     assert crossed
+
+
+def test_sequences_are_packed_into_the_fewest_micro_batches_that_are_about_equally_full() -> None:
+    assert pack(np.array([4, 4, 4, 4]), 16) == [4]
+    assert pack(np.array([4, 4, 4, 4]), 15) == [2, 2]  # not 3 and 1
+    assert pack(np.array([8, 1, 8, 1]), 9) == [2, 2]
+    assert pack(np.array([8, 1, 1, 8]), 9) == [2, 2]
+    assert pack(np.array([3, 3, 3, 9]), 9) == [3, 1]
+    assert pack(np.array([1, 1, 8, 8]), 10) == [3, 1]  # 1, 1 | 8, 8 would be too full
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        lengths = rng.integers(1, 129, rng.integers(1, 60))
+        room = int(rng.integers(128, 1024))
+        sizes = pack(lengths, room)
+        parts = np.split(lengths, np.cumsum(sizes)[:-1])
+        assert sum(sizes) == len(lengths)
+        assert all(0 < part.sum() <= room for part in parts)
+        fewest, left = 1, room
+        for length in lengths.tolist():
+            fewest, left = (fewest, left - length) if length <= left else (fewest + 1, room - length)
+        assert len(sizes) == fewest

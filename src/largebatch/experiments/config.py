@@ -43,7 +43,7 @@ class StageConfig:
     power: float = 1.0
     sequence_length: int | None = None
     max_predictions: int | None = None
-    micro_batch_size: int | None = None  # None: found by a probe
+    micro_batch_size: int | None = None  # sequences of full length at a time; None: found by a probe
     keep_moments: bool = True
 
 

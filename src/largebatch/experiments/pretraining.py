@@ -13,7 +13,7 @@ from largebatch.errors import UserError
 from largebatch.evaluate.pretraining import evaluate_pretraining
 from largebatch.experiments.config import PretrainingConfig
 from largebatch.experiments.transfer import copy_tokenizer
-from largebatch.experiments.workload import cut, rank_share
+from largebatch.experiments.workload import cut, pack, rank_share
 from largebatch.models import (
     BertConfig,
     BertForPreTraining,
@@ -97,29 +97,35 @@ class PretrainingWorkload:
             for _ in range(steps_ahead):
                 pieces, position = stream.take(position, self.config.stages[stage].batch_size)
                 samples = np.concatenate([np.column_stack([np.full_like(rows, epoch), rows]) for epoch, rows in pieces])
-                steps.append((list(cut(samples[share], self.micro_batch_sizes[stage])), {"stage": stage, **position}))
+                steps.append((list(cut(samples[share], self._at_once(stage))), {"stage": stage, **position}))
             made = self._read_parts(stage, [part for parts, _ in steps for part in parts])
             for parts, cursor_after in steps:
                 yield self._global_batch(stage, parts, made, cursor_after)
 
+    def _at_once(self, stage: int) -> int:
+        """The samples of which micro-batches are made together."""
+        size = self.micro_batch_sizes[stage]
+        return size * max(1, _READ_AHEAD // size)
+
     def _read_parts(self, stage: int, parts: list[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         """The instances of each part, made for several parts at a time."""
-        at_once = max(1, _READ_AHEAD // self.micro_batch_sizes[stage])
-        for group in cut(parts, at_once):
+        for group in cut(parts, max(1, _READ_AHEAD // len(parts[0]))):
             yield from _split(self._read(self._train[stage], np.concatenate(group)), [len(part) for part in group])
 
     def _global_batch(
         self, stage: int, parts: list[np.ndarray], made: Iterator[dict[str, np.ndarray]], cursor: dict[str, int]
     ) -> GlobalBatch:
-        """Of the samples of its micro-batches, and of an iterator of which theirs are the next instances."""
-        micro_batches, num_tokens, flops = [], 0, 0.0
+        """Of the samples of its parts, and of an iterator of which theirs are the next instances."""
+        num_tokens, flops = 0, 0.0
+        micro_batches: list[MicroBatch] = []
         for part in parts:
             arrays = next(made)
             num_tokens += int(arrays["lengths"].sum())
             flops += training_flops(self.bert, arrays["lengths"], len(arrays["masked_labels"]), whole_layers=False)
             if self.config.dropout_masks == "keyed":
                 arrays["dropout_keys"] = self._dropout_keys(stage, part)
-            micro_batches.append(as_micro_batch(arrays))
+            sizes = self._micro_batches_of(stage, arrays["lengths"])
+            micro_batches += [as_micro_batch(one) for one in _split(arrays, sizes)]
         return GlobalBatch(
             micro_batches=micro_batches,
             totals={
@@ -131,6 +137,14 @@ class PretrainingWorkload:
             flops=flops,
             cursor=cursor,
         )
+
+    def _micro_batches_of(self, stage: int, lengths: np.ndarray) -> list[int]:
+        """The numbers of sequences of the micro-batches that sequences of these lengths go into, in their order."""
+        size, length = self.micro_batch_sizes[stage], self.config.stages[stage].sequence_length
+        assert length is not None
+        if self.config.sharding != "ddp":  # each pass through the model is one of all ranks together
+            return [len(part) for part in cut(lengths, size)]
+        return pack(lengths, size * length)
 
     def _dropout_keys(self, stage: int, samples: np.ndarray) -> np.ndarray:
         epochs, rows = samples.T

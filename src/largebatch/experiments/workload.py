@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from largebatch.experiments.config import RunConfig
@@ -53,6 +55,27 @@ def rank_share(batch_size: int, rank: int, world_size: int) -> slice:
     """The part of a global batch that a rank computes."""
     size = batch_size // world_size
     return slice(rank * size, (rank + 1) * size)
+
+
+def pack(lengths: NDArray[np.integer[Any]], room: int) -> list[int]:
+    """Return how many sequences go into each micro-batch, of as few as there can be, about equally full if that fits.
+
+    Args:
+        lengths: tokens of each sequence, at most `room`; they keep their order.
+        room: tokens.
+    """
+    ends = np.cumsum(lengths)
+    stops = [0]
+    while stops[-1] < len(lengths):
+        full = room + (ends[stops[-1] - 1] if stops[-1] else 0)
+        stops.append(int(np.searchsorted(ends, full, side="right")))
+    number = len(stops) - 1
+    even = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, number) / number, side="right").tolist(), len(lengths)]
+    for choice in (even, stops):
+        sizes = np.diff(choice)
+        if all(0 < part.sum() <= room for part in np.split(lengths, choice[1:-1])):
+            break
+    return [int(size) for size in sizes]
 
 
 def cut(samples: Sequence[Any], size: int) -> Iterator[Any]:
