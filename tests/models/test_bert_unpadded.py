@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from largebatch.models import (
     BertConfig,
@@ -23,7 +24,8 @@ from largebatch.models import (
     pretraining_loss,
     question_answering_loss,
 )
-from largebatch.models.layout import TokenLayout, attention
+from largebatch.models.dropout import Dropout
+from largebatch.models.layout import TokenLayout, _block_attention, _packed_attention, attention
 
 TOLERANCE = 1e-5
 LOSSES = {
@@ -275,6 +277,48 @@ def test_defaults_are_no_padding_and_one_segment(small_config: BertConfig, make_
     ids = make_batch([9, 9])["input_ids"]
     zeros, ones = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool)
     assert torch.equal(model(ids)[0], model(ids, zeros, ones)[0])
+
+
+def varlen_one_by_one(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *others: object) -> Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` computes, which runs on CUDA alone: [T, n, d] -> [T, n, d]."""
+    assert ends.dtype is torch.int32
+    assert others[0] is ends
+    assert others[1] == others[2] >= int(ends.diff().max())
+    sequences = [rows.tensor_split(ends[1:-1].long()) for rows in (query, key, value)]
+    heads = [[one.transpose(0, 1)[None] for one in each] for each in zip(*sequences, strict=True)]
+    return torch.cat([functional.scaled_dot_product_attention(*each)[0].transpose(0, 1) for each in heads])
+
+
+@pytest.mark.parametrize("varlen", [varlen_one_by_one, None], ids=["varlen", "nested"])
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors"
+)  # off CUDA their attention is made of older ones
+def test_attention_over_packed_rows_in_one_call_equals_that_of_each_block(varlen: Callable | None) -> None:
+    """What CUDA runs, but for the kernels within: offsets, shapes and their order, and the gradients' way back."""
+    lengths = torch.tensor([7, 1, 64, 7, 30])
+    found = TokenLayout(torch.arange(64) < lengths[:, None])
+    rows = torch.randn(3, int(lengths.sum()), 48)
+    ours, theirs = (rows.clone().requires_grad_() for _ in range(2))
+    packed = _packed_attention(*ours, 4, found, 0.0, varlen)
+    blocks = _block_attention(*theirs, 4, found.blocks, 0.0)
+    torch.testing.assert_close(packed, blocks, rtol=TOLERANCE, atol=TOLERANCE)
+    packed.square().sum().backward()
+    blocks.square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=TOLERANCE, atol=TOLERANCE)
+    assert not torch.allclose(packed, _packed_attention(*ours, 4, found, 0.5, varlen), atol=1e-2), "no dropout"
+
+
+@pytest.mark.gpu
+def test_dropout_in_flash_attention_keeps_the_mean(small_config: BertConfig) -> None:
+    """Of 4,000 draws at probability 0.1 the mean is within 5 standard errors and a rounding of bfloat16."""
+    lengths = torch.tensor([7, 1, 64, 7, 30])
+    found = TokenLayout((torch.arange(64) < lengths[:, None]).cuda())
+    rows = [torch.randn(int(lengths.sum()), 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    whole = attention(*rows, 4, found)
+    drawn = torch.stack([attention(*rows, 4, found, Dropout(0.1)).float() for _ in range(4000)])
+    error = 5 * drawn.std(0) / 4000**0.5 + 2**-7 * whole.abs().max()
+    assert ((drawn.mean(0) - whole).abs() <= error).all()
+    assert drawn.std(0).max() > 0.05
 
 
 @pytest.mark.gpu

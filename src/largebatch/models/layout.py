@@ -143,9 +143,15 @@ class TokenLayout:
         return self.mask[:, None, None, :]
 
     @functools.cached_property
-    def cumulative_lengths(self) -> Tensor:
-        """[B + 1] int32: the row at which each sequence begins, and at the end T."""
-        return F.pad(self.mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    def offsets(self) -> Tensor:
+        """[B + 1] int64: the row at which each sequence begins, and at the end T."""
+        lengths = self.mask.sum(1)
+        return F.pad((lengths.sort()[0] if self.blocks is not None else lengths).cumsum(0), (1, 0))
+
+    @functools.cached_property
+    def offsets32(self) -> Tensor:
+        """The same in int32, as kernels take them."""
+        return self.offsets.to(torch.int32)
 
 
 def attention(
@@ -154,9 +160,9 @@ def attention(
     """Scaled dot-product attention of each sequence over itself, on rows: [T, H] -> [T, H].
 
     On the CPU each block of sequences of one length is one call without mask or padding. In half precision on CUDA
-    all sequences are one call of ``torch.nn.attention.varlen``, which has no dropout. All else (CUDA in fp32 or with
-    dropout, and ``unpad=False``) is padded around ``scaled_dot_product_attention`` with a mask over the keys. Dropout
-    by keys needs the matrix of probabilities: a part at a time on the CPU, the whole of it elsewhere.
+    all sequences are one call of flash attention (`_packed_attention`). All else (CUDA in fp32, and ``unpad=False``) is
+    padded around ``scaled_dot_product_attention`` with a mask over the keys. Dropout by keys needs the matrix of
+    probabilities: a part at a time on the CPU, the whole of it elsewhere.
     """
     if layout.blocks is not None:
         if dropout is not None and layout.row_keys is not None:
@@ -165,13 +171,10 @@ def attention(
             )
         prob = 0.0 if dropout is None else dropout.p
         return _block_attention(query, key, value, num_heads, layout.blocks, prob)
-    head_width = query.shape[1] // num_heads
-    if query.is_cuda and layout.token_index is not None and dropout is None and head_width % 8 == 0:
-        varlen = _varlen_attention(query.device)
-        if varlen is not None and query.dtype in (torch.float16, torch.bfloat16):
-            ends, longest = layout.cumulative_lengths, layout.sequence_length
-            per_head = (rows.view(-1, num_heads, head_width) for rows in (query, key, value))
-            return varlen(*per_head, ends, ends, longest, longest).flatten(1)
+    is_keyed = dropout is not None and layout.row_keys is not None
+    if layout.token_index is not None and not is_keyed and _flash_takes(query, num_heads):
+        prob = 0.0 if dropout is None else dropout.p
+        return _packed_attention(query, key, value, num_heads, layout, prob, _varlen_attention())
 
     def split_heads(rows: Tensor) -> Tensor:  # [T, H] -> [B, n, L, d]
         return layout.pad(rows).view(layout.batch_size, layout.sequence_length, num_heads, -1).transpose(1, 2)
@@ -212,11 +215,40 @@ def _block_attention(
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
 
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    layout: TokenLayout,
+    dropout_prob: float,
+    varlen: Callable[..., Tensor] | None,
+) -> Tensor:
+    """Attention of all sequences as they lie one behind the other, in one call.
+
+    ``torch.nn.attention.varlen`` has no dropout; jagged nested tensors bring the same kernel, and have it.
+    """
+    per_head = [rows.view(len(rows), num_heads, -1) for rows in (query, key, value)]
+    longest = layout.sequence_length
+    if varlen is not None and not dropout_prob:
+        return varlen(*per_head, layout.offsets32, layout.offsets32, longest, longest).flatten(1)
+    nested = [
+        torch.nested.nested_tensor_from_jagged(rows, layout.offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
+        for rows in per_head  # the two bounds spare the queue a stall
+    ]
+    return F.scaled_dot_product_attention(*nested, dropout_p=dropout_prob).transpose(1, 2).values().flatten(1)
+
+
+def _flash_takes(query: Tensor, num_heads: int) -> bool:
+    """Say whether PyTorch has flash attention for these rows: Ampere or newer, half precision."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return query.shape[1] // num_heads % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
 @functools.cache
-def _varlen_attention(device: torch.device) -> Callable[..., Tensor] | None:
-    """PyTorch's flash attention over packed rows, where the version and the device (Ampere or newer) have it."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return None
+def _varlen_attention() -> Callable[..., Tensor] | None:
+    """PyTorch's attention over packed rows, where the version has it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
