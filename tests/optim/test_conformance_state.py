@@ -119,6 +119,29 @@ def test_a_state_dict_of_plain_numbers_for_steps_loads(info: OptimizerInfo) -> N
 
 
 @every_optimizer
+def test_moments_without_a_step_count_are_refused(info: OptimizerInfo) -> None:
+    optimizer, _ = started(info)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    if not getattr(optimizer, "counts_steps", False):
+        pytest.skip("it counts no steps, or torch does that")
+    for state in state_dict["state"].values():
+        del state["step"]
+    with pytest.raises(ValueError, match=r"state_dict=.*: expected a step count beside every state"):
+        twin_of(optimizer, info, info.optim_inputs_func("cpu")[0]).load_state_dict(state_dict)
+
+
+@every_optimizer
+def test_loading_leaves_no_hook_behind(info: OptimizerInfo) -> None:
+    optimizer, _ = started(info)
+    state_dict = optimizer.state_dict()
+    optimizer.load_state_dict(state_dict)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({**state_dict, "param_groups": []})
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_post_hooks
+
+
+@every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_state_dict_loads_for_parameters_of_another_dtype(info: OptimizerInfo, dtype: torch.dtype) -> None:
     optimizer, _ = started(info)
