@@ -209,6 +209,7 @@ def test_a_scaler_waits_where_the_host_counts_the_steps(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("launches")
 def test_a_cuda_graph_holds_the_step() -> None:
     params, twins = on("cuda"), on("cuda")
     rate = torch.tensor(1e-2, device="cuda")
