@@ -5,6 +5,9 @@ Operators, comparisons, signs, numbers and truth values become others; a - b bec
 
     python dev/mutate.py src/largebatch/optim/lamb.py src/largebatch/optim/norms.py:300-360 ... [-- PYTEST ARGUMENTS]
 
+Of C files operators become others and the arguments of a call change places; the kernel is built anew for each mutant,
+and what does not compile is none.
+
 Run it on a copy of the repository: the files are rewritten while it works. Each mutant gets the tests in a forked
 process, until the first failure. Survivors are printed as they are found, the score at the end.
 """
@@ -12,12 +15,14 @@ process, until the first failure. Survivors are printed as they are found, the s
 import ast
 import copy
 import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-TIMEOUT_S = 600
+TIMEOUT_S = 300
 OPERATORS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
     ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
@@ -25,6 +30,12 @@ OPERATORS: dict[type, type] = {
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
 }  # fmt: skip
 UNSWAPPABLE = (ast.Add, ast.Mult, ast.BitAnd, ast.BitOr, ast.BitXor)  # the order of their operands says nothing
+
+C_OPERATORS = {
+    " + ": " - ", " - ": " + ", " * ": " / ", " / ": " * ", " += ": " -= ", " < ": " <= ", " > ": " >= ", " & ": " | ",
+    " | ": " & ", " == ": " != ", " != ": " == ", " && ": " || ", " || ": " && ", "(-": "(", ", -": ", ", "= !": "= ",
+}  # fmt: skip
+BUILD = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
 
 Edit = Callable[[], None]
 
@@ -88,6 +99,22 @@ def mutants(text: str, lines: range) -> Iterator[tuple[str, str]]:
         yield f"{node.lineno}: {what}: {ast.unparse(node)}", ast.unparse(ast.fix_missing_locations(mutated))
 
 
+def c_mutants(text: str, lines: range) -> Iterator[tuple[str, str]]:
+    """The same of C, of which only the spelling is known: comments and the preprocessor's lines are left alone."""
+    code = re.sub(r"/\*.*?\*/|^#.*?[^\\]$", lambda found: re.sub(r"[^\n]", "?", found[0]), text, flags=re.S | re.M)
+    operators = "|".join(map(re.escape, C_OPERATORS))
+    for found in re.finditer(operators + r"|(?<=\()([\w.\[\]]+), ([\w.\[\]]+)(?=[,)])", code):
+        number = code.count("\n", 0, found.start()) + 1
+        other = f"{found[2]}, {found[1]}" if found[1] else C_OPERATORS[found[0]]
+        if number in lines and other != found[0]:
+            mutated = text[: found.start()] + other + text[found.end() :]
+            yield f"{number}: {found[0]!r} to {other!r}: {text.splitlines()[number - 1].strip()}", mutated
+
+
+def builds() -> bool:
+    return subprocess.run(BUILD, capture_output=True).returncode == 0
+
+
 def survives(arguments: list[str], quiet: bool = True) -> bool:
     """Run the tests in a fork, which has torch loaded and imports the mutant; True if they pass."""
     pid = os.fork()
@@ -127,8 +154,10 @@ def main(arguments: list[str]) -> None:
         path, chosen = Path(name), range(int(first or 1), int(last or 1 << 30) + 1)
         text = path.read_text(encoding="utf-8")
         try:
-            for what, mutated in mutants(text, chosen):
+            for what, mutated in (c_mutants if path.suffix == ".c" else mutants)(text, chosen):
                 path.write_text(mutated, encoding="utf-8")
+                if path.suffix == ".c" and not builds():
+                    continue
                 total += 1
                 if survives(tests):
                     print(f"survived: {path.name}:{what}", flush=True)
