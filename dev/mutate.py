@@ -165,6 +165,8 @@ def main(arguments: list[str]) -> None:
                     killed += 1
         finally:
             path.write_text(text, encoding="utf-8")
+            if path.suffix == ".c":
+                builds()
         print(f"{path.name}: {killed} of {total} killed so far", flush=True)
 
 
