@@ -118,7 +118,7 @@ def test_a_refused_group_is_not_there() -> None:
     optimizer = LAMB([weight()])
     with pytest.raises(ValueError, match="weight_decay"):
         optimizer.add_param_group({"params": [weight()], "weight_decay": -1})
-    with pytest.raises(ValueError, match="^params=torch.complex64: expected real parameters"):
+    with pytest.raises(ValueError, match=r"^params=torch\.complex64: expected real parameters"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
     assert len(optimizer.param_groups) == 1
 

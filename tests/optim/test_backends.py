@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from optim_cases import BACKENDS, OPTIMIZERS, build, give_gradients, largest_difference, layers, run
+from optim_cases import BACKENDS, FLOAT32_BACKENDS, OPTIMIZERS, build, give_gradients, largest_difference, layers, run
 
 from largebatch import LAMB
 from largebatch.optim import backends, foreach
@@ -132,6 +132,26 @@ def test_parameters_without_gradient_stay(backend: str) -> None:
         x.grad = None
     optimizer.step()
     assert optimizer.trust_ratios() == {}
+
+
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
+@pytest.mark.parametrize("name", ["lamb", "nnlamb", "nnlamb-capturable"])
+def test_each_layer_counts_the_steps_that_it_took(name: str, backend: str) -> None:
+    # Of one group: the second and third come late, the fourth misses one. Each as in an optimizer of its own.
+    present = [{0, 1, 2, 3}, {2, 3}, {2, 3}, {0, 2, 3}]
+    together, alone = ([torch.linspace(1, 2, 6 + i).requires_grad_() for i in range(4)] for _ in range(2))
+    optimizer, *own = (build(name, params, backend=backend) for params in (together, *([y] for y in alone)))
+    for step in range(4):
+        for params in (together, alone):
+            give_gradients(params, step)
+        for x, y, its, steps in zip(together, alone, own, present, strict=True):
+            if step in steps:
+                its.step()
+            else:
+                x.grad = y.grad = None
+        optimizer.step()
+    assert largest_difference(together, alone) < CLOSE[torch.float32]
+    assert [float(optimizer.state[x]["step"]) for x in together] == [4, 2, 2, 3]
 
 
 def test_temporaries_are_bounded() -> None:

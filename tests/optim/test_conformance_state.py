@@ -131,6 +131,17 @@ def test_moments_without_a_step_count_are_refused(info: OptimizerInfo) -> None:
 
 
 @every_optimizer
+def test_a_step_count_of_another_kind_is_refused(info: OptimizerInfo) -> None:
+    optimizer, _ = started(info)
+    if not getattr(optimizer, "counts_steps", False):
+        pytest.skip("it counts no steps, or torch does that")
+    state = next(iter(optimizer.state.values()))
+    state["step"] = state["step"].double()  # by hand: loading would make it float32
+    with pytest.raises(ValueError, match="expected a float32 tensor on cpu"):
+        optimizer.step()
+
+
+@every_optimizer
 def test_loading_leaves_no_hook_behind(info: OptimizerInfo) -> None:
     optimizer, _ = started(info)
     state_dict = optimizer.state_dict()
