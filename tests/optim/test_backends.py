@@ -56,6 +56,22 @@ def test_half_precision_equals_the_reference(name: str, dtype: torch.dtype, back
         assert int((difference > 0).sum()) <= 0.01 * x.numel() + 1
 
 
+@pytest.mark.parametrize("bucket", [foreach.CPU_BUCKET, 256], ids=["whole", "tiles"])
+def test_states_in_bfloat16_round_as_the_reference_does(bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # To the bit: the noise of an element depends on its layer, its place there, the step and which state it is.
+    monkeypatch.setattr(foreach, "CPU_BUCKET", bucket)
+    params, twins = layers(torch.float32), layers(torch.float32)
+    ours, theirs = (
+        build("lamb", xs, backend=backend, state_dtype=torch.bfloat16)
+        for xs, backend in ((params, "foreach"), (twins, "reference"))
+    )
+    run(ours, params, 1)
+    run(theirs, twins, 1)
+    for x, y in zip(params, twins, strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(ours.state[x][key], theirs.state[y][key])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_dtypes_in_one_group(backend: str) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32)
