@@ -54,8 +54,8 @@ def bench_bert(
 
     Returns:
         A row for each size, length and contender: real tokens/s, what share of all positions these are,
-        the ratio to theirs in the same rounds, and MFU on non-padding FLOPs (`training_flops`) against a measured
-        matrix product.
+        the ratio to theirs in the same rounds, and MFU on non-padding FLOPs (`training_flops`) against a matrix product
+        measured in the same rounds.
     """
     if corpus is None:
         with shipped_corpus() as shipped:
@@ -73,7 +73,6 @@ def bench_bert(
     rows = []
     fast_bf16 = hardware.bf16_is_fast(device)
     dtype = torch.bfloat16 if fast_bf16 else torch.float32
-    peak = hardware.matmul_flops_per_s(device, dtype)
     for length in lengths:
         instances = PretrainingInstances(corpus.split("train"), length, seed=0)
         chosen = np.arange(sequences) % instances.num_instances(0)
@@ -97,11 +96,18 @@ def bench_bert(
                 contenders |= {f"{name}{_TUNED}": work for name, work in contenders.items() if work is not own}
             else:
                 say("transformers: not installed")
-            times = interleaved(
-                contenders, device, rounds, warm_up=1,
-                before=lambda name: set_allocator(name == "largebatch" or name.endswith(_TUNED)),
-            )  # fmt: skip
+            peaks: list[float] = []
+
+            def prepare_turn(name: str, peaks: list[float] = peaks) -> None:
+                set_allocator(name == "largebatch" or name.endswith(_TUNED))
+                if name == "largebatch":
+                    peaks.append(hardware.matmul_flops_per_s(device, dtype))
+
+            times = interleaved(contenders, device, rounds, warm_up=1, before=prepare_turn)
             set_allocator(True)
+            mfu = statistics.median(
+                flops / s / peak for s, peak in zip(times["largebatch"], peaks[-rounds:], strict=True)
+            )
             for name in contenders:
                 seconds = statistics.median(times[name])
                 ratio = statistics.median(a / b for a, b in zip(times[name], times["largebatch"], strict=True))
@@ -118,7 +124,7 @@ def bench_bert(
                         "tokens_per_s": tokens / seconds,
                         "real_share": tokens / (sequences * length),
                         "largebatch_is_faster_by": ratio,
-                        "mfu": flops / seconds / peak if name == "largebatch" else None,
+                        "mfu": mfu if name == "largebatch" else None,
                     }
                 )
     return rows
