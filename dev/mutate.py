@@ -5,6 +5,10 @@ Operators, comparisons, signs, numbers and truth values become others; a - b bec
 
     python dev/mutate.py src/largebatch/optim/lamb.py src/largebatch/optim/norms.py:300-360 ... [-- PYTEST ARGUMENTS]
 
+    python dev/mutate.py --again LOG FILES ... [-- OTHER TESTS]
+
+has other tests try only the mutants that LOG, what an earlier run printed, says survived.
+
 Of C files operators become others and the arguments of a call change places; the kernel is built anew for each mutant,
 and what does not compile is none.
 
@@ -22,7 +26,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-TIMEOUT_S = 300
+PATIENCE = 5  # times as long as the tests take without any mutation: a mutant that takes longer never ends
+SURVIVED = "survived: "
 OPERATORS: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
     ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift,
@@ -115,7 +120,7 @@ def builds() -> bool:
     return subprocess.run(BUILD, capture_output=True).returncode == 0
 
 
-def survives(arguments: list[str], quiet: bool = True) -> bool:
+def survives(arguments: list[str], limit_s: float = float("inf"), quiet: bool = True) -> bool:
     """Run the tests in a fork, which has torch loaded and imports the mutant; True if they pass."""
     pid = os.fork()
     if pid == 0:
@@ -126,7 +131,7 @@ def survives(arguments: list[str], quiet: bool = True) -> bool:
         import pytest
 
         os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments])))
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -140,13 +145,19 @@ def survives(arguments: list[str], quiet: bool = True) -> bool:
 def main(arguments: list[str]) -> None:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     files, tests = arguments[:split], arguments[split + 1 :]
+    again = None
+    if files[0] == "--again":
+        again = {line for line in Path(files[1]).read_text(encoding="utf-8").splitlines() if line.startswith(SURVIVED)}
+        del files[:2]
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(Path("src").resolve()))
     import pytest  # noqa: F401, loaded once, before the forks
     import torch
 
     torch.set_num_threads(1)
+    start = time.monotonic()
     assert survives(tests, quiet=False), "the tests fail without any mutation"
+    limit_s = PATIENCE * (time.monotonic() - start)
     killed = total = 0
     for file in files:
         name, _, lines = file.partition(":")
@@ -155,12 +166,15 @@ def main(arguments: list[str]) -> None:
         text = path.read_text(encoding="utf-8")
         try:
             for what, mutated in (c_mutants if path.suffix == ".c" else mutants)(text, chosen):
+                survivor = f"{SURVIVED}{path.name}:{what}"
+                if again is not None and survivor not in again:
+                    continue
                 path.write_text(mutated, encoding="utf-8")
                 if path.suffix == ".c" and not builds():
                     continue
                 total += 1
-                if survives(tests):
-                    print(f"survived: {path.name}:{what}", flush=True)
+                if survives(tests, limit_s):
+                    print(survivor, flush=True)
                 else:
                     killed += 1
         finally:
