@@ -258,6 +258,7 @@ def test_refuses_complex_parameters_and_sparse_gradients_by_name(cls: type[Optim
     weight.grad = torch.ones(2, 2).to_sparse()
     with pytest.raises(ValueError, match="sparse gradients"):
         optimizer.step()
+    assert not optimizer.state
 
 
 @every_case
