@@ -172,6 +172,21 @@ def test_a_bert_embedding_agrees_with_float64_in_every_norm() -> None:
         assert float(optimizer.trust_ratios()[0]) == pytest.approx(float(exact) / u_norm, rel=1e-6)
 
 
+def test_a_layer_beyond_the_parts_of_the_usual_size() -> None:
+    # 67M elements, 1.1 GB with gradient and state: from here on the parts of a layer grow. All elements are alike, so
+    # that they move as those of a small layer do, whose ratio is the same.
+    many, few = ([torch.full((n,), 0.5, requires_grad=True)] for n in ((1 << 26) + 16_387, 1024))
+    for params in (many, few):
+        params[0].grad = torch.full_like(params[0], 0.25)
+        optimizer = LAMB(params, lr=0.1, backend="native")
+        optimizer.step()
+        optimizer.step()
+    moved, expected = many[0].detach(), few[0].detach()[0]
+    assert moved.min() == moved.max()
+    assert float(moved[0]) == pytest.approx(float(expected), rel=1e-6)
+    assert float(expected) != 0.5
+
+
 def test_gradients_that_change_their_layout_and_dtype_from_step_to_step() -> None:
     x = torch.randn(24, 36).requires_grad_()
     copy = x.detach().clone().requires_grad_()
