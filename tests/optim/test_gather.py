@@ -1,11 +1,13 @@
 """Guards what a step keeps from the one before: the layers that it gathered, while they are the same, and no longer."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from optim_cases import FLOAT32_BACKENDS
 from torch.nn import Parameter
 
 from largebatch import LAMB
@@ -104,3 +106,15 @@ def test_a_gradient_that_comes_later_is_seen() -> None:
     optimizer.step()
     assert not torch.equal(x, before)
     assert optimizer.times_gathered == 3
+
+
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
+def test_gradients_are_let_go_of(backend: str) -> None:
+    x = new_parameter(0)
+    optimizer = LAMB([x], backend=backend)
+    for _ in range(2):
+        x.grad = torch.ones(4, 3)
+        optimizer.step()
+        held = weakref.ref(x.grad)
+        x.grad = None
+        assert held() is None
