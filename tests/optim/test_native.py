@@ -175,7 +175,7 @@ def test_a_bert_embedding_agrees_with_float64_in_every_norm() -> None:
 def test_a_layer_beyond_the_parts_of_the_usual_size() -> None:
     # 67M elements, 1.1 GB with gradient and state: from here on the parts of a layer grow. All elements are alike, so
     # that they move as those of a small layer do, whose ratio is the same.
-    many, few = ([torch.full((n,), 0.5, requires_grad=True)] for n in ((1 << 26) + 16_387, 1024))
+    many, few = ([torch.full((n,), 0.5, requires_grad=True)] for n in ((1 << 26) + 1, 1024))
     for params in (many, few):
         params[0].grad = torch.full_like(params[0], 0.25)
         optimizer = LAMB(params, lr=0.1, backend="native")
