@@ -77,14 +77,18 @@ def give_gradients(model: nn.Module, step: int, broken: bool = False) -> None:
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS, broken: bool = False
 ) -> dict[str, Any]:
+    params = dict(model.named_parameters())
+    held = []
     for step in range(steps):
         give_gradients(model, step, broken)
         optimizer.step()
-    params = dict(model.named_parameters())
+        ratios = zip(params, optimizer.trust_ratios().values(), strict=True)
+        held += [(step, name) for name, ratio in ratios if ratio.isnan()]
     return {
         "params": {name: x.detach().full_tensor() for name, x in params.items()},
         "state": {name: whole_state(optimizer.state[x]) for name, x in params.items()},
         "ratios": dict(zip(params, optimizer.trust_ratios().values(), strict=True)),
+        "held": held,
     }
 
 

@@ -115,6 +115,7 @@ def test_a_broken_gradient_on_one_rank_holds_the_layer_on_all(ranks: Any, name: 
     assert all(x.isfinite().all() for x in expected.values())
     assert largest_difference(expected, alone(name)["params"]) > 1e-3  # the companion
     for result in ranks(4):
+        assert result[f"broken/{name}"]["held"] == [(3, "embedding"), (7, "embedding")]
         assert largest_difference(result[f"broken/{name}"]["params"], expected) < RTOL
         assert torch.equal(
             result[f"broken/{name}"]["params"]["embedding"], ranks(4)[0][f"broken/{name}"]["params"]["embedding"]

@@ -58,8 +58,8 @@ def test_half_precision_equals_the_reference(name: str, dtype: torch.dtype, back
 
 @pytest.mark.parametrize("bucket", [foreach.CPU_BUCKET, 256], ids=["whole", "tiles"])
 def test_states_in_bfloat16_round_as_the_reference_does(bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # To the bit: the noise of an element depends on its layer, its place there, the step and which state it is. And u is
-    # of the rounded states, which differ by 2^-9 from the others.
+    # To the bit: the noise of an element depends on its layer, its place there, the step and which state it is. And u
+    # is of the rounded states, which differ by 2^-9 from the others.
     monkeypatch.setattr(foreach, "CPU_BUCKET", bucket)
     params, twins = layers(torch.float32), layers(torch.float32)
     ours, theirs = (

@@ -66,8 +66,6 @@ def join(pieces: Sequence[Tensor], owners: Sequence[int], norm: str) -> Tensor:
     values = torch.cat(list(pieces)).to(total_dtype(device))
     if norm == "l2":
         values = values.square()
-    elif norm == "linf":  # a maximum over processes may lose a NaN
-        values = values.nan_to_num(torch.inf, torch.inf)
     counts = [0] * (owners[-1] + 1)
     for owner, piece in zip(owners, pieces, strict=True):
         counts[owner] += piece.numel()
@@ -100,7 +98,7 @@ def combine(local: Tensor, cuts: Sequence["Cut"], norm: str) -> Tensor:
         meeting = [i for i, cut in enumerate(cuts) if (group, device_type) in cut]
         numbers = torch.stack([columns[i] for i in meeting]).to(device_type)  # elsewhere only if FSDP2 offloads to CPU
         if norm == "linf":  # a maximum over processes may lose a NaN
-            all_reduce(numbers.nan_to_num_(torch.inf), "max", group)
+            all_reduce(numbers.nan_to_num_(torch.inf, torch.inf), "max", group)
         else:
             all_reduce(numbers, "sum", group)
         for i, whole in zip(meeting, numbers.to(local.device), strict=True):

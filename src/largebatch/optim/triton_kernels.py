@@ -264,10 +264,7 @@ def joined_shares(shares, num, norm: tl.constexpr, block: tl.constexpr, dtype: t
         share = tl.load(shares + index, mask=index < num, other=0).to(dtype)
         total = tl.maximum(total, share, propagate_nan=tl.PropagateNan.ALL) if norm == "linf" else total + share
         offset += block
-    whole = joined(total, norm)
-    if norm == "linf":  # a maximum over processes may lose a NaN
-        whole = tl.where(whole != whole, float("inf"), whole)
-    return whole
+    return joined(total, norm)
 
 
 @triton.jit
@@ -281,7 +278,7 @@ def settle_layer(
     shares += column(rows, layer, FIRST_CHUNK)
     x_norm = joined_shares(shares, num, norm, block, dtype)
     u_norm = joined_shares(shares + num_chunks, num, norm, block, dtype)
-    u_norm = tl.where(number(hypers, h, FOUND_INF) == 0, u_norm, float("inf" if norm == "linf" else "nan"))
+    u_norm = tl.where(number(hypers, h, FOUND_INF) == 0, u_norm, float("nan"))
     tl.store(totals + owner, x_norm)
     tl.store(totals + num_layers + owner, u_norm)
 

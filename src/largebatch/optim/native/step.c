@@ -75,8 +75,7 @@ static double conclude(const struct step *step, int64_t index, const double norm
                             finish(step->norm, norms[1]));
     if (!keep) return ratio;
     if (step->measured) {
-        for (int k = 0; k < 2; k++) /* a maximum over processes may lose a NaN */
-            step->measured[index + k * step->num_layers] = step->norm == LINF && isnan(norms[k]) ? INFINITY : norms[k];
+        for (int k = 0; k < 2; k++) step->measured[index + k * step->num_layers] = norms[k];
     }
     if (step->phases & DESCEND) step->ratios[index] = ratio;
     return ratio;
