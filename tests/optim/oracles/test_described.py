@@ -178,10 +178,21 @@ def test_what_cannot_come_over_is_said() -> None:
         convert_state_dict(state, "lamb", ours)
     with pytest.raises(ValueError, match="groups of"):
         convert_state_dict(state, "apex", LAMB([torch.nn.Parameter(torch.tensor(layers[0]))], LR))
-    state["param_groups"][0]["grad_averaging"] = False
-    with pytest.raises(ValueError, match="grad_averaging"):
+    for name, value in {"grad_averaging": False, "caution": True, "corrected_weight_decay": True}.items():
+        as_it_is = state["param_groups"][0]
+        state["param_groups"] = [{**as_it_is, name: value}]
+        with pytest.raises(ValueError, match=f"^{name}={value}: expected {not value}"):
+            convert_state_dict(state, "apex", ours)
+        state["param_groups"] = [as_it_is]
+    state["param_groups"][0]["max_grad_norm"] = 1.5
+    with pytest.warns(UserWarning, match="max_grad_norm=1.5 is not part of LAMB here"):
         convert_state_dict(state, "apex", ours)
-    state["param_groups"][0]["grad_averaging"] = True
+    state["param_groups"][0]["max_grad_norm"] = 0.0
     del state["param_groups"][0]["step"]
     with pytest.raises(ValueError, match="step count"):
         convert_state_dict(state, "apex", ours)
+
+
+def test_an_unknown_dialect_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"^dialect='adamw': expected one of paper, paper-v3, albert"):
+        LAMB.dialect("adamw")
