@@ -74,9 +74,7 @@ static double conclude(const struct step *step, int64_t index, const double norm
         ratio = trust_ratio(&step->numbers[step->layers[index].numbers], finish(step->norm, norms[0]),
                             finish(step->norm, norms[1]));
     if (!keep) return ratio;
-    if (step->measured) {
-        for (int k = 0; k < 2; k++) step->measured[index + k * step->num_layers] = norms[k];
-    }
+    for (int k = 0; step->measured && k < 2; k++) step->measured[index + k * step->num_layers] = norms[k];
     if (step->phases & DESCEND) step->ratios[index] = ratio;
     return ratio;
 }
