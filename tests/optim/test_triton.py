@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -118,6 +119,27 @@ def test_what_moved_in_memory_is_found_again(device: str) -> None:
             kept.append(x.grad)
     assert largest_difference(params, twins) < CLOSE[torch.float32]
     assert largest_difference(kept[0], params) > 1e-3
+
+
+@pytest.mark.usefixtures("launches")
+def test_neither_gradients_nor_copies_are_kept(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(6, 14, device=device)[:, ::2].requires_grad_()  # of which the kernels move a copy
+    x.grad = torch.randn(6, 7, device=device)
+    seen: list[weakref.ref[Tensor]] = []
+    aligned = backend.aligned
+
+    def spy(*arguments: object) -> list[Tensor]:
+        made = aligned(*arguments)
+        seen.extend(map(weakref.ref, made))
+        return made
+
+    monkeypatch.setattr(backend, "aligned", spy)
+    optimizer = LAMB([x], backend="triton")
+    optimizer.step()
+    x.grad = None
+    kept = {id(state) for state in optimizer.state[x].values()}
+    assert len(seen) == 5
+    assert all(ref() is None or id(ref()) in kept for ref in seen)
 
 
 @pytest.mark.usefixtures("launches")

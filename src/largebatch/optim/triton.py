@@ -55,6 +55,7 @@ class Part:
     chunks: Tensor = field(init=False)  # [chunks] int32: the layer of each
     tasks: Tensor = field(init=False)  # [2 * chunks] int32: see `triton_kernels.whole`
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of tensors that kernels cannot walk through
+    grads: list[Tensor] = field(default_factory=list)  # copies, too, which nothing else would keep alive
 
 
 class Triton(Backend):
@@ -109,7 +110,6 @@ class Triton(Backend):
                 part.table, hypers, shares, len(part.chunks), totals, ratios, len(layers), norm=norm, size=CHUNK,
                 block=SHARES, dtype=TYPES[totals.dtype],
             )  # fmt: skip
-            copy_back(part)
             parts.append((part, hypers))
         return totals, ratios, parts
 
@@ -120,7 +120,7 @@ class Triton(Backend):
                     part.table, part.chunks, hypers, ratios, len(part.chunks), rule=rule, size=CHUNK, block=BLOCK,
                     num_warps=WARPS, **types(part), **second_pass(rule, part, layers),
                 )  # fmt: skip
-            copy_back(part)
+            finish(part)
         touch(layers)
 
     def _whole(self, rule: str, layers: Layers, norm: str) -> Tensor:
@@ -139,7 +139,7 @@ class Triton(Backend):
                     total_type=TYPES[totals.dtype], size=SMALL_CHUNK, block=SMALL_BLOCK, shares_block=SHARES,
                     num_warps=WARPS, **types(part), **second_pass(rule, part, layers),
                 )  # fmt: skip
-            copy_back(part)
+            finish(part)
         touch(layers)
         return ratios
 
@@ -159,12 +159,13 @@ class Triton(Backend):
 
     def _enter(self, part: Part, layers: Layers, size: int) -> Tensor:
         """Bring the tables of these layers up to date, and return their numbers."""
-        part.copies = []
+        part.copies, part.grads = [], []
         own = [layers[owner] for owner in part.owners]
         numbered: dict[tuple[int, int], int] = {}
         rows, num_chunks = [], 0
         for owner, layer in zip(part.owners, own, strict=True):
             x, rounded, g, *state = aligned(layer, part.copies)
+            part.grads.append(g)
             number = numbered.setdefault((id(layer.hyper), id(layer.ratio)), len(numbered))
             addresses = [a.data_ptr() for a in (x, rounded, g, *state, *state)][:5]
             rows.append(
@@ -307,18 +308,21 @@ def aligned(layer: Layer, copies: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         copies: where to note (original, copy) of those that had to be copied, but for g.
     """
     tensors = [layer.x, layer.x if layer.rounded is None else layer.rounded, layer.g, *layer.state.values()]
-    order = sorted(range(layer.x.dim()), key=layer.x.stride, reverse=True)
-    if all(a.is_contiguous() for a in tensors) or all(a.permute(order).is_contiguous() for a in tensors):
+    if all(a.is_contiguous() for a in tensors):
         return tensors
-    made = [a.contiguous() for a in tensors]
+    state = tensors[3]  # by whose order its elements are rounded
+    order = sorted(range(state.dim()), key=state.stride, reverse=True)
+    views = [a.permute(order) for a in tensors]
+    made = [view.contiguous() for view in views]
+    views[2] = made[2]
     if layer.rounded is None:
-        made[1] = made[0]
-    for i, (original, copy) in enumerate(zip(tensors, made, strict=True)):
-        if copy is not original and i != 2 and not (i == 1 and layer.rounded is None):
-            copies.append((original, copy))
+        views[1] = made[1] = made[0]
+    copies += [(view, copy) for view, copy in zip(views, made, strict=True) if copy is not view]
     return made
 
 
-def copy_back(part: Part) -> None:
+def finish(part: Part) -> None:
+    """Bring home what was copied, and let go of it and of the gradients."""
     for original, copy in part.copies:
         original.copy_(copy)
+    part.copies, part.grads = [], []

@@ -31,7 +31,8 @@ class Table:
         self.irregular = [i for i, layer in enumerate(layers) if not in_one_order(owned(layer))]
         self.orders = [layer.x.stride() for layer in layers]
         for i in self.irregular:
-            self.orders[i] = torch.empty(layers[i].x.shape, device="meta").stride()
+            state = next(iter(layers[i].state.values()))  # by whose order its elements are rounded
+            self.orders[i] = torch.empty_like(state, device="meta").stride()
         self.strides = list(self.orders)  # of gradients that can be read as they are
         self.dtypes = [layer.x.dtype for layer in layers]
         self.counts: list[int] = []  # of layers that share a row of numbers
@@ -82,9 +83,9 @@ class Table:
         for i in self.irregular:
             layer = layers[i]
             originals = owned(layer)
-            copies = [original.detach().clone(memory_format=torch.contiguous_format) for original in originals]
+            copies = [readable(original, self.orders[i]) for original in originals]
             enter(self.rows[i], copies, layer.rounded is not None)
-            pairs += zip(originals, copies, strict=True)
+            pairs += [pair for pair in zip(originals, copies, strict=True) if pair[0] is not pair[1]]
         return pairs
 
 
