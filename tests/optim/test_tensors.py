@@ -71,7 +71,7 @@ def test_states_round_alike_whatever_lies_in_another_order(backend: str) -> None
     for x, y in zip(params, twins, strict=True):
         for key in ("exp_avg", "exp_avg_sq"):
             differ = ours.state[x][key] != theirs.state[y][key]
-            assert int(differ.sum()) <= 0.005 * x.numel(), "which are where float32 comes out on two sides of a boundary"
+            assert int(differ.sum()) <= 0.005 * x.numel(), "more than lie so close to a boundary"
 
 
 @pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
