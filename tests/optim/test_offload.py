@@ -61,6 +61,27 @@ def test_state_dict_is_the_ordinary_one(name: str) -> None:
     assert_same(model, back, expected_model, expected)
 
 
+def test_a_loaded_state_dict_replaces_state_and_settings() -> None:
+    model, optimizer = plain("lamb", steps=1)
+    fresh = LAMB(param_groups(Network()), lr=0.25, betas=(0.5, 0.75)).state_dict()
+    offloaded = CPUOffload(MAKES["lamb"](model))
+    assert offloaded.trust_ratios() == {}
+    offloaded.load_state_dict(optimizer.state_dict())
+    assert offloaded.state
+    offloaded.load_state_dict(fresh)
+    assert not offloaded.state
+    assert [(group["lr"], group["betas"]) for group in offloaded.param_groups] == [(0.25, (0.5, 0.75))] * 2
+
+
+def test_neighbours_travel_together_as_far_as_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "CHUNK_ELEMENTS", 10)
+    params = [torch.zeros(size, requires_grad=True) for size in (4, 6, 1, 9, 1, 30, 2, 3, 6)]
+    chunks = CPUOffload(LAMB(params))._chunks
+    assert [[member.x.numel() for member in chunk.twin.members] for chunk in chunks] == [
+        [4, 6], [1, 9], [1], [30], [2, 3], [6]
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("remake", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
 def test_copied_and_pickled(remake: object) -> None:
     expected_model, expected = plain("lamb")

@@ -28,7 +28,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "colossalai": {"bias_correction": False, "weight_decay": 0.0},
     "torch_optimizer": {"bias_correction": False, "weight_decay": 0.0, "phi": (0.0, 10.0)},
     "torch_optimizer-debias": {"bias_correction": "folded", "weight_decay": 0.0, "phi": (0.0, 10.0)},
-    "cybertronai": {"bias_correction": False, "weight_decay": 0.0, "eps": 1e-8, "phi": (0.0, 10.0)},
+    "cybertronai": {"bias_correction": False, "weight_decay": 0.0, "phi": (0.0, 10.0)},
 }
 
 

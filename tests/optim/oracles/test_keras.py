@@ -22,10 +22,10 @@ def _restore_floatx():
     keras.config.set_floatx(before)
 
 
-def by_keras(weight_decay: float | None, dtype: type) -> Arrays:
+def by_keras(dtype: type, **decay: float) -> Arrays:
     keras.config.set_floatx(np.dtype(dtype).name)
     layers = [keras.Variable(x, dtype=np.dtype(dtype).name) for x in start(dtype)]
-    optimizer = keras.optimizers.Lamb(LR, weight_decay=weight_decay)
+    optimizer = keras.optimizers.Lamb(LR, **decay)
     optimizer.build(layers)
     for step in range(STEPS):
         g = gradients([x.value.detach().numpy().copy() for x in layers], step)
@@ -40,10 +40,10 @@ COARSE = 2.2e-4 / STEPS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_lamb(dtype: type, weight_decay: float) -> None:
-    theirs = by_keras(weight_decay or None, dtype)
-    settings = {**LAMB.dialect("keras"), "weight_decay": weight_decay}
+@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.3}], ids=["as it comes", "decaying"])
+def test_lamb(dtype: type, decay: dict[str, float]) -> None:
+    theirs = by_keras(dtype, **decay)
+    settings = {**LAMB.dialect("keras"), **decay}
     tolerance = COARSE if dtype is np.float32 else 0.0
     assert_same(by_torch(lambda params: LAMB(params, LR, **settings), dtype), theirs, tolerance)
     other = {**settings, "bias_correction": False}
@@ -52,7 +52,7 @@ def test_lamb(dtype: type, weight_decay: float) -> None:
 
 def test_without_decay_it_is_the_papers() -> None:
     settings = {**LAMB.dialect("paper"), "weight_decay": 0.0, "eps": 1e-7}
-    assert_same(by_torch(lambda params: LAMB(params, LR, **settings), np.float64), by_keras(None, np.float64))
+    assert_same(by_torch(lambda params: LAMB(params, LR, **settings), np.float64), by_keras(np.float64))
     settings["weight_decay"] = 0.3
-    theirs = by_keras(0.3, np.float64)
+    theirs = by_keras(np.float64, weight_decay=0.3)
     assert difference(by_torch(lambda params: LAMB(params, LR, **settings), np.float64), theirs) > DIFFERENT

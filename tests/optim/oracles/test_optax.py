@@ -31,10 +31,10 @@ def by_optax(transformation: "optax.GradientTransformation", dtype: type) -> Arr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_lamb(dtype: type, weight_decay: float) -> None:
-    settings = {**LAMB.dialect("optax"), "weight_decay": weight_decay}
-    theirs = by_optax(optax.lamb(LR, weight_decay=weight_decay), dtype)
+@pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.3}], ids=["as it comes", "decaying"])
+def test_lamb(dtype: type, decay: dict[str, float]) -> None:
+    settings = {**LAMB.dialect("optax"), **decay}
+    theirs = by_optax(optax.lamb(LR, **decay), dtype)
     assert_same(by_torch(lambda params: LAMB(params, LR, **settings), dtype), theirs)
     other = {**settings, "bias_correction": "folded"}
     assert difference(by_torch(lambda params: LAMB(params, LR, **other), dtype), theirs) > DIFFERENT
