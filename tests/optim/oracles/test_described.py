@@ -176,9 +176,9 @@ def test_what_cannot_come_over_is_said() -> None:
     moments = [(np.zeros_like(x), np.zeros_like(x)) for x in layers]
     state = as_apex(layers, moments, 3)
     ours = LAMB([torch.nn.Parameter(torch.tensor(x)) for x in layers], LR)
-    with pytest.raises(ValueError, match="source"):
+    with pytest.raises(ValueError, match="^source='lamb': expected 'apex'"):
         convert_state_dict(state, "lamb", ours)
-    with pytest.raises(ValueError, match="groups of"):
+    with pytest.raises(ValueError, match=r"^state_dict=\[\d\]: expected groups of"):
         convert_state_dict(state, "apex", LAMB([torch.nn.Parameter(torch.tensor(layers[0]))], LR))
     for name, value in {"grad_averaging": False, "caution": True, "corrected_weight_decay": True}.items():
         as_it_is = state["param_groups"][0]
