@@ -176,7 +176,7 @@ def test_what_cannot_come_over_is_said() -> None:
     moments = [(np.zeros_like(x), np.zeros_like(x)) for x in layers]
     state = as_apex(layers, moments, 3)
     ours = LAMB([torch.nn.Parameter(torch.tensor(x)) for x in layers], LR)
-    with pytest.raises(ValueError, match="^source='lamb': expected 'apex'"):
+    with pytest.raises(ValueError, match=r"^source='lamb': expected 'apex'"):
         convert_state_dict(state, "lamb", ours)
     with pytest.raises(ValueError, match=r"^state_dict=\[\d\]: expected groups of"):
         convert_state_dict(state, "apex", LAMB([torch.nn.Parameter(torch.tensor(layers[0]))], LR))
