@@ -25,9 +25,9 @@ DTYPES = [np.float32, np.float64]
 
 
 def start(dtype: Any) -> Arrays:
-    """Layers of very different norms: above and below ten, a single element, and zeros."""
+    """Layers of very different norms: above and below ten, a single element, zeros, and one of a ratio above ten."""
     draw = np.random.default_rng(0).standard_normal
-    layers = [draw((24, 17)), 0.02 * draw((6, 5)), 0.3 * draw(7), np.array([1.5]), np.zeros(5)]
+    layers = [draw((24, 17)), 0.02 * draw((6, 5)), 0.3 * draw(7), np.array([1.5]), np.zeros(5), 200 * draw((4, 3))]
     return [layer.astype(dtype) for layer in layers]
 
 
