@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LinearLR, PolynomialLR, ReduceLROnPlateau, StepLR
 
 from largebatch import LAMB, LARS, NLAMB, NNLAMB, Layerwise
+from largebatch.optim import CPUOffload
 
 pytest.importorskip("expecttest", reason="torch describes its optimizers in a module that needs expecttest")
 from torch.testing._internal.common_optimizers import (
@@ -60,6 +61,10 @@ def layerwise(base: type[Optimizer]) -> Callable[..., Layerwise]:
     return construct
 
 
+def offloaded(params: Any, **settings: Any) -> CPUOffload:
+    return CPUOffload(LAMB(params, **settings))
+
+
 ADAM = ({"eps": 1e-3}, {"capturable": True}, {"betas": (0.8, 0.99), "weight_decay": 0.1, "maximize": True})
 OURS = [
     OptimizerInfo(cls, optim_inputs_func=inputs(*ADAM, *own), has_capturable_arg=True, **described)
@@ -75,6 +80,7 @@ OURS = [
         (LARS, inputs({"momentum": 0.5, "nesterov": True}, {"form": "2017"}, lr=0.02)),
         (layerwise(torch.optim.AdamW), inputs({"betas": (0.8, 0.99)})),
         (layerwise(torch.optim.SGD), inputs({"momentum": 0.9, "nesterov": True}, lr=0.02)),
+        (offloaded, inputs({"capturable": True})),
     )
 ]
 CASES = [(info, given) for info in OURS for given in info.optim_inputs_func("cpu")]

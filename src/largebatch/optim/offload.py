@@ -89,6 +89,9 @@ class CPUOffload(Wrapper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the wrapped optimizer, offloaded or not."""
+        state_dict = {**state_dict}  # as torch, so that hooks change none of the caller's
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         on_cpu = {member.x: member.moved for chunk in self._chunks for member in chunk.twin.members}
         groups = [{**group, "params": [on_cpu[x] for x in group["params"]]} for group in self.param_groups]
         loaded = alike(self.base, groups)
@@ -97,6 +100,8 @@ class CPUOffload(Wrapper):
             group.update({key: value for key, value in other.items() if key != "params"})
         self.state.clear()
         self.state.update({x: loaded.state[copy] for x, copy in on_cpu.items() if copy in loaded.state})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "defaults": self.defaults}
