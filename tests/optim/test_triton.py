@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -140,6 +142,31 @@ def test_neither_gradients_nor_copies_are_kept(device: str, monkeypatch: pytest.
     kept = {id(state) for state in optimizer.state[x].values()}
     assert len(seen) == 5
     assert all(ref() is None or id(ref()) in kept for ref in seen)
+
+
+@pytest.mark.parametrize("name", ["lamb", "lamb-callable"])
+@pytest.mark.usefixtures("launches")
+def test_kernels_are_launched_on_the_device_of_the_layers(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Triton launches on the current device, which on a machine with several is not always that of the layers.
+    params, current, launched = on(device), [], []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def spy(pass_over: Callable[..., object]) -> Callable[..., object]:
+        return lambda *arguments: [launched.append(list(current)), pass_over(*arguments)][1]
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for pass_over in ("_direct", "_descend", "_whole"):
+        monkeypatch.setattr(backend.BACKEND, pass_over, spy(getattr(backend.BACKEND, pass_over)))
+    walk(name, params, 1, backend="triton")
+    assert launched
+    assert all([x is params[0] for x in tensors] == [True] for tensors in launched)
 
 
 @pytest.mark.usefixtures("launches")

@@ -80,18 +80,21 @@ class Triton(Backend):
     def step(self, rule: str, layers: Layers, norm: str) -> Tensor | None:
         if any(layer.ratio is not None and callable(layer.ratio.phi) for layer in layers):
             return None
-        if self.one_launch:
-            return self._whole(rule, layers, norm)
-        _, ratios, parts = self._direct(rule, layers, norm)
-        self._descend(rule, layers, ratios, parts)
+        with current_device_of(layers):
+            if self.one_launch:
+                return self._whole(rule, layers, norm)
+            _, ratios, parts = self._direct(rule, layers, norm)
+            self._descend(rule, layers, ratios, parts)
         return ratios
 
     def direction(self, rule: str, layers: Layers, norm: str) -> tuple[Tensor, Any]:
-        totals, _, parts = self._direct(rule, layers, norm)
+        with current_device_of(layers):
+            totals, _, parts = self._direct(rule, layers, norm)
         return totals, parts
 
     def apply(self, rule: str, layers: Layers, ratio: Tensor, memory: Any) -> None:
-        self._descend(rule, layers, ratio.contiguous(), memory)
+        with current_device_of(layers):
+            self._descend(rule, layers, ratio.contiguous(), memory)
 
     def _direct(self, rule: str, layers: Layers, norm: str) -> tuple[Tensor, Tensor, list[tuple[Part, Tensor]]]:
         device = layers[0].x.device
@@ -217,6 +220,11 @@ class Triton(Backend):
 
 
 BACKEND = Triton()
+
+
+def current_device_of(layers: Layers) -> Any:
+    """Make the device of these layers the current one, on which kernels are launched, for a while."""
+    return torch.cuda.device_of(layers[0].x)  # type: ignore[no-untyped-call]
 
 
 def interpreted() -> bool:
