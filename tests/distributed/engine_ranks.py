@@ -61,8 +61,8 @@ def whole(x: Any) -> Any:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def tensor_parallel(with_fsdp: bool) -> dict[str, Any]:
-    """Three clipped steps of a block under tensor and sequence parallelism, alone or below FSDP2."""
+def tensor_parallel(with_fsdp: bool, **settings: bool) -> dict[str, Any]:
+    """Three steps of a block under tensor and sequence parallelism, alone or below FSDP2."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     block = small_training.Block()
     plan = {
@@ -81,7 +81,7 @@ def tensor_parallel(with_fsdp: bool) -> dict[str, Any]:
         return block(mine.chunk(2, dim=1)[mesh.get_local_rank("tensor")]).full_tensor()
 
     with Collectives() as counted:
-        norms = small_training.clipped_steps(block, forward)
+        norms = small_training.few_steps(block, forward, **settings)
     weights = {name: whole(x.detach()) for name, x in block.named_parameters()}
     return {"norms": norms, "weights": weights, "collectives": dict(counted.counts)}
 
@@ -92,6 +92,7 @@ def body(rank: int) -> dict[str, Any]:
     results["refused"] = refused()
     results["tensor parallel"] = tensor_parallel(with_fsdp=False)
     results["tensor parallel and fsdp"] = tensor_parallel(with_fsdp=True)
+    results["tensor parallel, in backward"] = tensor_parallel(with_fsdp=False, clips=False, in_backward=True)
     return results
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch import LAMB, schedules
-from largebatch.optim import CPUOffload
+from largebatch.optim import CPUOffload, optimizer_in_backward
 from largebatch.train import Engine, GlobalBatch, Stage, distributed
 from largebatch.train.engine import _scale_gradients as scale_gradients
 from largebatch.train.engine import global_grad_norm
@@ -100,16 +100,18 @@ class Block(nn.Module):
         return self.down(torch.relu(self.up(self.norm(x))))
 
 
-def clipped_steps(block: nn.Module, forward: Any) -> list[float]:
-    """Take steps with clipping on one batch, [4, 8, 6], and return the gradients' norms."""
+def few_steps(block: nn.Module, forward: Any, clips: bool = True, in_backward: bool = False) -> list[float]:
+    """Take steps on one batch, [4, 8, 6], and return the gradients' norms."""
     optimizer = LAMB(block.named_parameters(), lr=0.05)
+    handle = optimizer_in_backward(optimizer, with_grad_norm=True) if in_backward else None
     x = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(1))
     norms = []
     for _ in range(3):
         optimizer.zero_grad()
         forward(x).square().sum().backward()
-        norm = global_grad_norm(block)
-        scale_gradients(block, 0.1 / norm)
+        norm = handle.grad_norm() if handle else global_grad_norm(block)
+        if clips:
+            scale_gradients(block, 0.1 / norm)
         norms.append(float(norm))
         optimizer.step()
     return norms

@@ -97,11 +97,14 @@ def test_compressed_gradients_are_close_and_not_equal(ranks: Any, alone: Any, sh
     assert 1e-5 < max(difference) < 2**-9
 
 
-@pytest.mark.parametrize("name", ["tensor parallel", "tensor parallel and fsdp"])
-def test_clipping_and_steps_under_tensor_parallelism(ranks: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "clips"),
+    [("tensor parallel", True), ("tensor parallel and fsdp", True), ("tensor parallel, in backward", False)],
+)
+def test_clipping_and_steps_under_tensor_parallelism(ranks: Any, name: str, clips: bool) -> None:
     """Forward, backward, clipping and steps of a block whose layers are cut by row, by column and not at all."""
     block = small_training.Block()
-    norms = small_training.clipped_steps(block, block)
+    norms = small_training.few_steps(block, block, clips)
     for result in (result[name] for result in ranks):
         assert result["norms"] == pytest.approx(norms, rel=RTOL)
         for key, x in block.named_parameters():
