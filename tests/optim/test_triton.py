@@ -19,6 +19,7 @@ from torch import Tensor
 
 from largebatch import LAMB
 from largebatch.optim import backends
+from largebatch.optim.precision import Origin
 
 triton = pytest.importorskip("triton")
 from largebatch.optim import triton as backend  # noqa: E402
@@ -142,6 +143,32 @@ def test_neither_gradients_nor_copies_are_kept(device: str, monkeypatch: pytest.
     kept = {id(state) for state in optimizer.state[x].values()}
     assert len(seen) == 5
     assert all(ref() is None or id(ref()) in kept for ref in seen)
+
+
+@pytest.mark.usefixtures("launches")
+def test_groups_and_shards_keep_their_numbers(device: str) -> None:
+    # Each group has numbers of its own, and a shard rounds by where it lies in the whole layer.
+    def trained(backend: str) -> tuple[list[Tensor], LAMB]:
+        params = on(device)
+        groups = [
+            {"params": params[::2]},
+            {"params": params[1::2], "lr": 3e-2, "betas": (0.5, 0.9), "weight_decay": 0.5, "adapt": False},
+        ]
+        optimizer = LAMB(groups, lr=1e-2, state_dtype=torch.bfloat16, backend=backend)
+        run(optimizer, params, 1)
+        give_gradients(params, 1)
+        (gathered,) = optimizer._layers_by_device()
+        for position, layer in enumerate(gathered):
+            layer.origin = Origin(start=100 + position, run=5, skip=11)
+        optimizer.step()
+        return params, optimizer
+
+    (params, fast), (twins, slow) = trained("triton"), trained("reference")
+    assert largest_difference(params, twins) < CLOSE[torch.float32]
+    for x, y in zip(params, twins, strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            differ = fast.state[x][key] != slow.state[y][key]
+            assert int(differ.sum()) <= 0.005 * x.numel() + 1
 
 
 @pytest.mark.parametrize("name", ["lamb", "lamb-callable"])
