@@ -81,6 +81,7 @@ def _status_bytes(key: str) -> int:
 def write_figures(path: Path, figures: list[dict[str, Any]], device: torch.device) -> None:
     """Keep the figures with what they were measured on; the command's paths are not among them."""
     environment = hardware.describe(device, "see the figures")
-    environment.pop("command", None)
+    del environment["command"]
+    environment["written_utc"] = environment.pop("started_utc")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment, "figures": figures}, indent=1) + "\n")
