@@ -178,7 +178,7 @@ def test_what_cannot_come_over_is_said() -> None:
     ours = LAMB([torch.nn.Parameter(torch.tensor(x)) for x in layers], LR)
     with pytest.raises(ValueError, match=r"^source='lamb': expected 'apex'"):
         convert_state_dict(state, "lamb", ours)
-    with pytest.raises(ValueError, match=r"^state_dict=\[\d\]: expected groups of"):
+    with pytest.raises(ValueError, match=r"^state_dict=\[6\]: expected groups of \[1\]"):
         convert_state_dict(state, "apex", LAMB([torch.nn.Parameter(torch.tensor(layers[0]))], LR))
     for name, value in {"grad_averaging": False, "caution": True, "corrected_weight_decay": True}.items():
         as_it_is = state["param_groups"][0]
@@ -191,7 +191,7 @@ def test_what_cannot_come_over_is_said() -> None:
         convert_state_dict(state, "apex", ours)
     state["param_groups"][0]["max_grad_norm"] = 0.0
     del state["param_groups"][0]["step"]
-    with pytest.raises(ValueError, match="step count"):
+    with pytest.raises(ValueError, match=r"^state_dict=\[.*\]: expected a step count in the groups"):
         convert_state_dict(state, "apex", ours)
 
 
