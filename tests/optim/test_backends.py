@@ -134,6 +134,19 @@ def test_gradients_of_another_layout_or_dtype(backend: str) -> None:
     assert torch.allclose(y, torch.full((300,), 0.9))
 
 
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
+def test_a_sparse_gradient_after_dense_ones_is_refused(backend: str) -> None:
+    x = torch.ones(4, 3, requires_grad=True)
+    optimizer = LAMB([x], backend=backend)
+    x.grad = torch.ones(4, 3)
+    optimizer.step()
+    before = x.detach().clone()
+    x.grad = torch.ones(4, 3).to_sparse()
+    with pytest.raises(ValueError, match="sparse gradients are not supported: make the embedding dense"):
+        optimizer.step()
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_without_gradient_stay(backend: str) -> None:
     params = layers()
