@@ -125,6 +125,16 @@ def test_what_moved_in_memory_is_found_again(device: str) -> None:
 
 
 @pytest.mark.usefixtures("launches")
+def test_autograd_sees_that_the_weights_changed(device: str) -> None:
+    x = torch.randn(5, device=device).requires_grad_()
+    loss = (x * x).sum()
+    x.grad = torch.ones_like(x)
+    LAMB([x], backend="triton").step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.usefixtures("launches")
 def test_neither_gradients_nor_copies_are_kept(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(6, 14, device=device)[:, ::2].requires_grad_()  # of which the kernels move a copy
     x.grad = torch.randn(6, 7, device=device)
