@@ -14,6 +14,9 @@ from optim_cases import FLOAT32_BACKENDS, OPTIMIZERS, build, give_gradients, lar
 from largebatch import LAMB, NLAMB, NNLAMB, Layerwise
 from largebatch.optim import foreach
 
+# The interpreter of Triton's kernels computes by NumPy, which tells of inf and NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 INF, NAN = float("inf"), float("nan")
 RULES = ["lamb", "lamb-decoupled", "nnlamb", "lars", "lars-nesterov", "lars2017-nesterov", "lamb-unadapted"]
 BAD = {"-inf": -INF, "nan": NAN, "1e30": 1e30}
@@ -27,10 +30,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "foreach-on-device":
         monkeypatch.setattr(foreach, "on_host", lambda a: False)
         return "foreach"
+    if request.param == "triton" and not pytest.importorskip("largebatch.optim.triton").interpreted():
+        pytest.skip("Triton compiles here; set TRITON_INTERPRET=1 to interpret")
     return request.param
 
 
-every_backend = pytest.mark.parametrize("backend", [*FLOAT32_BACKENDS, "foreach-on-device"], indirect=True)
+every_backend = pytest.mark.parametrize("backend", [*FLOAT32_BACKENDS, "foreach-on-device", "triton"], indirect=True)
 
 
 def all_finite(optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> bool:
