@@ -51,7 +51,7 @@ class Part:
     rounded: torch.dtype | None  # what a master copy is rounded to
     rows: list[list[int]] = field(default_factory=list)  # as on the device
     size: int = 0  # of a chunk
-    table: Tensor = field(init=False)  # [layers, COLUMNS] int64
+    table: Tensor = field(init=False)  # [layers, WIDTH] int64
     chunks: Tensor = field(init=False)  # [chunks] int32: the layer of each
     tasks: Tensor = field(init=False)  # [2 * chunks] int32: see `triton_kernels.whole`
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of tensors that kernels cannot walk through
@@ -171,9 +171,8 @@ class Triton(Backend):
             part.grads.append(g)
             number = numbered.setdefault((id(layer.hyper), id(layer.ratio)), len(numbered))
             addresses = [a.data_ptr() for a in (x, rounded, g, *state, *state)][:5]
-            rows.append(
-                [*addresses, x.numel(), num_chunks, layer.position, *layer.origin, number, owner]
-            )  # in the order of COLUMNS
+            # In the order of the columns in triton_kernels.py.
+            rows.append([*addresses, x.numel(), num_chunks, layer.position, *layer.origin, number, owner])
             num_chunks += -(-x.numel() // size)
         device = own[0].x.device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()

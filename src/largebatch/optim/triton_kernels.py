@@ -9,11 +9,7 @@ import triton.language as tl
 
 # A layer is a row of int64: where its tensors are, how many elements they have, where its chunks begin; what rounds its
 # state (`precision.Origin`); the row of its numbers, and its place among the layers of the step.
-COLUMNS = (
-    *("x", "rounded", "g", "state0", "state1", "count", "first_chunk"),
-    *("seed", "start", "run", "skip", "numbers", "owner"),
-)
-WIDTH = tl.constexpr(len(COLUMNS))
+WIDTH = tl.constexpr(13)
 X, ROUNDED, G, STATE0, STATE1, COUNT, FIRST_CHUNK = map(tl.constexpr, range(7))
 SEED, START, RUN, SKIP, HYPER, OWNER = map(tl.constexpr, range(7, 13))
 
