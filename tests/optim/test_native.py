@@ -208,5 +208,7 @@ def test_strides_of_dimensions_of_one_element_mean_nothing() -> None:
     assert x.grad.stride() != x.stride()
     optimizer = LAMB([x], backend="native")
     (gathered,) = optimizer._layers_by_device()
-    (read,) = native.Table(gathered).enter_gradients(gathered)
+    table = native.Table(gathered)
+    assert not table.irregular
+    (read,) = table.enter_gradients(gathered)
     assert read is x.grad
