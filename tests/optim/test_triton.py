@@ -124,6 +124,24 @@ def test_what_moved_in_memory_is_found_again(device: str) -> None:
     assert largest_difference(kept[0], params) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "reads_g"),
+    [("lamb", False), ("nlamb", True), ("nnlamb", True), ("lars", False), ("lars-nesterov", True), ("lars2017", True)],
+)
+def test_what_the_compiled_kernels_are_told(name: str, reads_g: bool, device: str) -> None:
+    # Whether 16 bytes can be read at once, and whether the second pass has to read the gradient.
+    for offset in (0, 1, 4):
+        x = torch.randn(40, device=device)[offset : offset + 16].requires_grad_()
+        optimizer = build(name, [x], backend="triton")
+        run(optimizer, [x], 1)
+        give_gradients([x], 1)
+        (gathered,) = optimizer._layers_by_device()
+        gathered.spread()
+        (part,) = gathered.memo
+        assert backend.types(part)["aligned"] is (offset % 4 == 0)
+        assert backend.second_pass(optimizer.rule, part, gathered)["reads_g"] is reads_g
+
+
 @pytest.mark.usefixtures("launches")
 def test_autograd_sees_that_the_weights_changed(device: str) -> None:
     x = torch.randn(5, device=device).requires_grad_()
