@@ -5,6 +5,8 @@ and layouts, dtypes and sizes that a fast path forgets.
 """
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +239,14 @@ def test_the_choice_of_a_backend() -> None:
     assert LAMB(x, backend="reference").backend == "reference"
     with pytest.raises(ValueError, match="backend='fused': expected one of 'auto', 'reference', 'foreach'"):
         LAMB(x, backend="fused")
+
+
+def test_a_kernel_that_was_built_is_loaded() -> None:
+    # Where it is not, the tests of it are skipped.
+    spec = importlib.util.find_spec("largebatch.optim.native")
+    if not Path(spec.origin).with_name("kernels.so").exists():
+        pytest.skip("the CPU kernel was not compiled when largebatch was installed")
+    assert backends.load("native").name == "native"
 
 
 def test_a_backend_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
