@@ -100,6 +100,21 @@ def test_narrow_types_round_as_the_reference_does(dtype: torch.dtype, settings: 
 
 
 @pytest.mark.usefixtures("launches")
+def test_layers_that_end_near_the_end_of_a_block_or_chunk(device: str) -> None:
+    def made() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        sizes = [size + beyond for size in (256, 512, 1024) for beyond in (-1, 0, 1)]
+        return [torch.randn(size, generator=generator).to(device).requires_grad_() for size in (1, *sizes)]
+
+    params, twins = made(), made()
+    fast, slow = walk("lamb", params, 1, backend="triton"), walk("lamb", twins, 1, backend="reference")
+    assert largest_difference(params, twins) < CLOSE[torch.float32]
+    assert largest_difference(params, made()) > 1e-3
+    for key, ratio in fast.trust_ratios().items():
+        assert float(ratio) == pytest.approx(float(slow.trust_ratios()[key]), rel=CLOSE[torch.float32])
+
+
+@pytest.mark.usefixtures("launches")
 def test_two_runs_are_the_same_bits(device: str) -> None:
     params, twins = on(device), on(device)
     walk("nnlamb", params, 2, backend="triton")
