@@ -10,7 +10,9 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from optim_cases import build, give_gradients, largest_difference, layers, run
@@ -261,6 +263,23 @@ def test_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog:
     assert record.getMessage() == said + "backend='native' is not available here: not compiled"
     with pytest.raises(ValueError, match="not compiled"):
         LAMB(layers(torch.float32), backend="native")
+
+
+def test_a_library_that_is_not_this_ones_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "__file__", str(tmp_path / "library.py"))
+        with pytest.raises(ImportError, match="the CPU kernel was not compiled when largebatch was installed"):
+            library.load()
+        (tmp_path / "kernels.so").write_bytes(b"built for another machine")
+        with pytest.raises(ImportError, match=r"the CPU kernel cannot be loaded: .*kernels\.so"):
+            library.load()
+    for table in ("LAYER", "NUMBERS"):
+        wider = np.dtype([*getattr(library, table).descr, ("more", np.float64)])
+        with monkeypatch.context() as patch:
+            patch.setattr(library, table, wider)
+            with pytest.raises(ImportError, match="compiled from other sources than these"):
+                library.load()
+    assert library.load() is not native.BACKEND.library
 
 
 def test_the_instruction_set_can_be_limited_from_outside() -> None:
