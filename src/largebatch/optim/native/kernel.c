@@ -16,7 +16,7 @@ enum { BLOCK = 2048 };
 /* A lane adds up the BLOCK / LANES elements of a block in float32; all beyond is float64. */
 struct lanes {
     floats x[VECTORS], u[VECTORS];
-    words good[VECTORS]; /* no bit is 0 as long as the squares of all elements of the gradient are finite */
+    words good; /* no bit is 0 as long as the squares of all elements of the gradient are finite */
 };
 
 struct totals {
@@ -30,20 +30,16 @@ INLINE floats extend(enum norm norm, floats sum, floats a) {
     return larger(sum, magnitude(a));
 }
 
-INLINE struct lanes no_lanes(void) {
-    struct lanes lanes;
-    for (int j = 0; j < VECTORS; j++) {
-        lanes.x[j] = lanes.u[j] = (floats){0};
-        lanes.good[j] = ~(words){0};
-    }
-    return lanes;
-}
+INLINE struct lanes no_lanes(void) { return (struct lanes){.good = ~(words){0}}; }
 
-INLINE void add_block(enum norm norm, struct totals *totals, const struct lanes *lanes) {
+INLINE void add_block(enum norm norm, struct totals *totals, const struct lanes *lanes, int crossed) {
+    float x[LANES], u[LANES];
+    store_group(x, lanes->x, crossed);
+    store_group(u, lanes->u, crossed);
     for (int k = 0; k < LANES; k++) {
-        totals->x[k] = join(norm, totals->x[k], lanes->x[k / WIDTH][k % WIDTH]);
-        totals->u[k] = join(norm, totals->u[k], lanes->u[k / WIDTH][k % WIDTH]);
-        totals->good &= lanes->good[k / WIDTH][k % WIDTH];
+        totals->x[k] = join(norm, totals->x[k], x[k]);
+        totals->u[k] = join(norm, totals->u[k], u[k]);
+        totals->good &= lanes->good[k % WIDTH];
     }
 }
 
@@ -157,15 +153,12 @@ static void return_rest(const struct block *b, int is_narrow, const struct rest 
         }                                                                             \
     } while (0)
 
-/* Do something for each vector of a group of elements: number j, from element i on. */
-#define IN_VECTORS(group, i, j, ...)                             \
-    for (int j = 0, i = (group); j < VECTORS; j++, i += WIDTH) { \
-        __VA_ARGS__;                                             \
-    }
-
-/* Do something for each vector of a block of whole groups. */
-#define OVER_VECTORS(b, i, j, ...) \
-    for (int group = 0; group < (b)->n; group += LANES) IN_VECTORS(group, i, j, __VA_ARGS__)
+/* Do something for each vector of a block of whole groups: number j of its group, from element i of the block on. */
+#define OVER_VECTORS(b, i, j, ...)                         \
+    for (int i = 0; i < (b)->n;)                           \
+        for (int j = 0; j < VECTORS; j++, i += WIDTH) {    \
+            __VA_ARGS__;                                   \
+        }
 
 /* ---- LAMB, N-LAMB and NN-LAMB ---- */
 
@@ -197,17 +190,18 @@ static struct lamb lamb_of(const struct numbers *h, double ratio) {
     };
 }
 
-/* The state from element i on. */
-INLINE floats load_state(const void *state, int i, int is_narrow) {
-    return is_narrow ? load_bfloat16((const uint16_t *)state + i) : load((const float *)state + i);
+INLINE void load_state(floats a[VECTORS], const void *state, int group, int is_narrow) {
+    if (is_narrow)
+        load_bfloat16(a, (const uint16_t *)state + group);
+    else
+        load_group(a, (const float *)state + group, 0);
 }
 
-/* The state of a group of elements. */
 INLINE void store_state(void *state, int group, const floats a[VECTORS], int is_narrow) {
     if (is_narrow)
         store_bfloat16((uint16_t *)state + group, a);
     else
-        for (int j = 0; j < VECTORS; j++) store((float *)state + group + j * WIDTH, a[j]);
+        store_group((float *)state + group, a, 0);
 }
 
 INLINE floats lamb_u(floats x, floats g, floats m, floats v, struct lamb h, int looks_ahead) {
@@ -224,36 +218,47 @@ INLINE void lamb_measure(const struct block *b, struct lamb h, struct totals *to
                          int looks_ahead) {
     struct lanes lanes = no_lanes();
     words place[VECTORS]; /* of an element in the whole layer, times SPREAD, plus the seed */
-    for (int j = 0; j < VECTORS; j++) place[j] = progression(b->seed + j * WIDTH * SPREAD, SPREAD);
+    progression(place, b->seed, SPREAD, is_narrow);
     for (int group = 0; group < b->n; group += LANES) {
-        floats m[VECTORS], v[VECTORS];
-        IN_VECTORS(group, i, j, {
-            const floats x = load(b->x + i), g = usable(load(b->g + i), &lanes.good[j]);
-            m[j] = h.beta1 * load_state(b->state[0], i, is_narrow) + h.one_minus_beta1 * g;
-            v[j] = h.beta2 * load_state(b->state[1], i, is_narrow) + h.one_minus_beta2 * (g * g);
+        floats x[VECTORS], g[VECTORS], m[VECTORS], v[VECTORS], u[VECTORS];
+        load_group(g, b->g + group, is_narrow);
+        load_state(m, b->state[0], group, is_narrow);
+        load_state(v, b->state[1], group, is_narrow);
+        for (int j = 0; j < VECTORS; j++) {
+            g[j] = usable(g[j], &lanes.good);
+            m[j] = h.beta1 * m[j] + h.one_minus_beta1 * g[j];
+            v[j] = h.beta2 * v[j] + h.one_minus_beta2 * (g[j] * g[j]);
             if (is_narrow) {
                 const words noise = scatter(place[j]);
                 m[j] = round_by_chance(m[j], noise & 0xffffu);
                 v[j] = round_by_chance(v[j], noise >> 16);
                 place[j] += LANES * SPREAD;
             }
-            const floats u = lamb_u(x, g, m[j], v[j], h, looks_ahead);
-            if (b->u) store(b->u + i, u);
-            lanes.x[j] = extend(norm, lanes.x[j], x);
-            lanes.u[j] = extend(norm, lanes.u[j], u);
-        })
+        }
         store_state(b->state[0], group, m, is_narrow);
         store_state(b->state[1], group, v, is_narrow);
+        load_group(x, b->x + group, is_narrow);
+        for (int j = 0; j < VECTORS; j++) {
+            u[j] = lamb_u(x[j], g[j], m[j], v[j], h, looks_ahead);
+            lanes.x[j] = extend(norm, lanes.x[j], x[j]);
+            lanes.u[j] = extend(norm, lanes.u[j], u[j]);
+        }
+        if (b->u) store_group(b->u + group, u, is_narrow);
     }
-    add_block(norm, totals, &lanes);
+    add_block(norm, totals, &lanes, is_narrow);
 }
 
 INLINE void lamb_move(const struct block *b, struct lamb h, int is_narrow, int looks_ahead) {
-    OVER_VECTORS(b, i, j, {
-        const floats x = load(b->x + i), g = looks_ahead ? load(b->g + i) : (floats){0};
-        const floats m = load_state(b->state[0], i, is_narrow), v = load_state(b->state[1], i, is_narrow);
-        store(b->x + i, scale_add(-h.step, lamb_u(x, g, m, v, h, looks_ahead), h.keep * x));
-    });
+    for (int group = 0; group < b->n; group += LANES) {
+        floats x[VECTORS], g[VECTORS] = {{0}}, m[VECTORS], v[VECTORS];
+        load_group(x, b->x + group, is_narrow);
+        if (looks_ahead) load_group(g, b->g + group, is_narrow);
+        load_state(m, b->state[0], group, is_narrow);
+        load_state(v, b->state[1], group, is_narrow);
+        for (int j = 0; j < VECTORS; j++)
+            x[j] = scale_add(-h.step, lamb_u(x[j], g[j], m[j], v[j], h, looks_ahead), h.keep * x[j]);
+        store_group(b->x + group, x, is_narrow);
+    }
 }
 
 INLINE void move_along(const struct block *b, float keep, float step) {
@@ -329,13 +334,13 @@ INLINE void lars_measure(const struct block *b, struct lars h, struct totals *to
     struct lanes lanes = no_lanes();
     float *state = b->state[0];
     OVER_VECTORS(b, i, j, {
-        const floats x = load(b->x + i), g = usable(load(b->g + i), &lanes.good[j]);
+        const floats x = load(b->x + i), g = usable(load(b->g + i), &lanes.good);
         const floats m = lars_average(x, g, load(state + i), h);
         store(state + i, m);
         lanes.x[j] = extend(norm, lanes.x[j], x);
         lanes.u[j] = extend(norm, lanes.u[j], nesterov ? lars_average(x, g, m, h) : m);
     });
-    add_block(norm, totals, &lanes);
+    add_block(norm, totals, &lanes, 0);
 }
 
 static void lars_direct(const struct layer *layer, const struct numbers *numbers, enum norm norm, int64_t first,
@@ -384,9 +389,9 @@ INLINE void lars2017_measure(const struct block *b, struct totals *totals, enum 
     struct lanes lanes = no_lanes();
     OVER_VECTORS(b, i, j, {
         lanes.x[j] = extend(norm, lanes.x[j], load(b->x + i));
-        lanes.u[j] = extend(norm, lanes.u[j], usable(load(b->g + i), &lanes.good[j]));
+        lanes.u[j] = extend(norm, lanes.u[j], usable(load(b->g + i), &lanes.good));
     });
-    add_block(norm, totals, &lanes);
+    add_block(norm, totals, &lanes, 0);
 }
 
 static void lars2017_direct(const struct layer *layer, const struct numbers *numbers, enum norm norm, int64_t first,

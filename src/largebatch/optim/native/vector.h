@@ -38,21 +38,61 @@ INLINE floats load(const float *from) {
 
 INLINE void store(float *to, floats a) { memcpy(to, &a, sizeof a); }
 
-INLINE floats load_bfloat16(const uint16_t *from) {
-#if WIDTH == 8
-    return (floats)((words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)) << 16);
+/* ---- groups of LANES elements ----
+ *
+ * AVX2 packs and unpacks 16 bits within halves of a register. A group that has to do with them is `crossed` there: its
+ * first vector has elements 0 to 3 and 8 to 11, its second the others, which spares each packing a permutation. */
+
+#define CAN_CROSS (WIDTH == 8)
+
+INLINE void load_group(floats a[VECTORS], const float *from, int crossed) {
+#if CAN_CROSS
+    if (crossed) {
+        for (int j = 0; j < 2; j++) {
+            const __m128 low = _mm_loadu_ps(from + 4 * j), high = _mm_loadu_ps(from + 8 + 4 * j);
+            a[j] = (floats)_mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+        }
+        return;
+    }
+#endif
+    (void)crossed;
+    for (int j = 0; j < VECTORS; j++) a[j] = load(from + j * WIDTH);
+}
+
+INLINE void store_group(float *to, const floats a[VECTORS], int crossed) {
+#if CAN_CROSS
+    if (crossed) {
+        for (int j = 0; j < 2; j++) {
+            _mm_storeu_ps(to + 4 * j, _mm256_castps256_ps128((__m256)a[j]));
+            _mm_storeu_ps(to + 8 + 4 * j, _mm256_extractf128_ps((__m256)a[j], 1));
+        }
+        return;
+    }
+#endif
+    (void)crossed;
+    for (int j = 0; j < VECTORS; j++) store(to + j * WIDTH, a[j]);
+}
+
+/* The group is crossed. */
+INLINE void load_bfloat16(floats a[VECTORS], const uint16_t *from) {
+#if CAN_CROSS
+    const __m256i bits = _mm256_loadu_si256((const __m256i *)from), zero = _mm256_setzero_si256();
+    a[0] = (floats)_mm256_unpacklo_epi16(zero, bits);
+    a[1] = (floats)_mm256_unpackhi_epi16(zero, bits);
 #else
-    halves a;
-    memcpy(&a, from, sizeof a);
-    return (floats)(__builtin_convertvector(a, words) << 16);
+    for (int j = 0; j < VECTORS; j++) {
+        halves upper;
+        memcpy(&upper, from + j * WIDTH, sizeof upper);
+        a[j] = (floats)(__builtin_convertvector(upper, words) << 16);
+    }
 #endif
 }
 
-/* Store a group of floats of which the lower half of the bits is 0. */
+/* Store a crossed group of floats of which the lower half of the bits is 0. */
 INLINE void store_bfloat16(uint16_t *to, const floats a[VECTORS]) {
-#if WIDTH == 8 /* the signed shift and the signed saturation leave the 16 bits as they are */
+#if CAN_CROSS /* the signed shift and the signed saturation leave the 16 bits as they are */
     const __m256i low = _mm256_srai_epi32((__m256i)a[0], 16), high = _mm256_srai_epi32((__m256i)a[1], 16);
-    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
+    _mm256_storeu_si256((__m256i *)to, _mm256_packs_epi32(low, high));
 #else
     for (int j = 0; j < VECTORS; j++) {
         const halves upper = __builtin_convertvector((words)a[j] >> 16, halves);
@@ -60,6 +100,17 @@ INLINE void store_bfloat16(uint16_t *to, const floats a[VECTORS]) {
     }
 #endif
 }
+
+/* Element 0 is `first`, each other one `difference` more than the one before. */
+INLINE void progression(words a[VECTORS], uint32_t first, uint32_t difference, int crossed) {
+    for (int j = 0; j < VECTORS; j++) {
+        words elements = {0};
+        for (int k = 0; k < WIDTH; k++) elements[k] = CAN_CROSS && crossed ? k + 4 * (j + (k >= 4)) : k + WIDTH * j;
+        a[j] = first + elements * difference;
+    }
+}
+
+/* ---- arithmetic ---- */
 
 INLINE floats root(floats a) {
 #ifdef __AVX512F__
@@ -74,13 +125,6 @@ INLINE floats root(floats a) {
     for (int k = 0; k < WIDTH; k++) a[k] = sqrtf(a[k]);
     return a;
 #endif
-}
-
-/* first, first + difference, first + 2 * difference, ... */
-INLINE words progression(uint32_t first, uint32_t difference) {
-    words a;
-    for (int k = 0; k < WIDTH; k++) a[k] = first + k * difference;
-    return a;
 }
 
 /* a * b + c, rounded once where the instruction set can. */
