@@ -287,6 +287,23 @@ def test_float16_weights_stop_at_their_largest_number(name: str, backend: str) -
 
 
 @every_backend
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)], ids=str)
+def test_a_master_copy_half_way_is_rounded_to_the_even_number(dtype: torch.dtype, unit: float, backend: str) -> None:
+    halves = torch.arange(0.5, 64) * unit
+    subnormal = torch.tensor([2.0**-24, 1.5 * 2**-24])
+    master = torch.cat([1 + halves, -1 - halves, (1 + halves) * 2.0**-13, subnormal])
+    x = torch.zeros(len(master), dtype=dtype, requires_grad=True)
+    x.grad = torch.zeros_like(x)
+    optimizer = LAMB([x], weight_decay=0.0, backend=backend, master_weights=True)
+    optimizer.step()
+    optimizer.state[x]["master_param"].copy_(master)
+    optimizer.step()
+    assert torch.equal(optimizer.state[x]["master_param"], master)
+    assert torch.equal(x, master.to(dtype))
+    assert x[:4].tolist() == [1, 1 + 2 * unit, 1 + 2 * unit, 1 + 4 * unit]
+
+
+@every_backend
 def test_float16_extremes_keep_their_norms(backend: str) -> None:
     # 65,504² and the square of the smallest subnormal, 6e-8, are far outside of float16 and well inside of float32.
     for value in (65504.0, 2**-14, 2**-24):
