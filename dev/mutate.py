@@ -168,13 +168,14 @@ def main(arguments: list[str]) -> None:
         first, _, last = lines.partition("-")
         path, chosen = Path(name), range(int(first or 1), int(last or 1 << 30) + 1)
         text = path.read_text(encoding="utf-8")
+        is_c = path.suffix in (".c", ".h")
         try:
-            for what, mutated in (c_mutants if path.suffix == ".c" else mutants)(text, chosen):
+            for what, mutated in (c_mutants if is_c else mutants)(text, chosen):
                 survivor = f"{SURVIVED}{path.name}:{what}"
                 if again is not None and survivor not in again:
                     continue
                 path.write_text(mutated, encoding="utf-8")
-                if path.suffix == ".c" and not builds():
+                if is_c and not builds():
                     continue
                 total += 1
                 if survives(tests, limit_s):
@@ -183,7 +184,7 @@ def main(arguments: list[str]) -> None:
                     killed += 1
         finally:
             path.write_text(text, encoding="utf-8")
-            if path.suffix == ".c":
+            if is_c:
                 builds()
         print(f"{path.name}: {killed} of {total} killed so far", flush=True)
 
