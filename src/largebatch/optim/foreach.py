@@ -48,13 +48,21 @@ def lamb_state(x: Tensors, g: Tensors, state: dict[str, Tensors], h: Any) -> Non
 
 
 def lamb_direction(x: Tensors, g: Tensors, state: dict[str, Tensors], h: Any) -> tuple[Tensors, Tensors]:
-    denominator = scaled_copy(state["exp_avg_sq"], h.v_scale)
-    add_scaled_(denominator, g, h.g_sq_scale, squared=True)  # v̂_t
-    torch._foreach_sqrt_(denominator)
-    torch._foreach_add_(denominator, h.eps)
-    u = scaled_copy(state["exp_avg"], h.m_scale)
-    add_scaled_(u, g, h.g_scale)  # m̂_t
-    torch._foreach_div_(u, denominator)  # r_t
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    if is_zero(h.g_scale) and is_zero(h.g_sq_scale) and not isinstance(h.v_scale, Tensor):
+        # m̂ / (√v̂ + ε) in four passes in place of seven. Foreach would read a tensor that it is to add.
+        denominator = list(torch._foreach_sqrt(v))
+        torch._foreach_mul_(denominator, h.v_scale**0.5 / h.m_scale)
+        torch._foreach_add_(denominator, h.eps / h.m_scale)
+        u = list(torch._foreach_div(m, denominator))  # r_t
+    else:
+        denominator = scaled_copy(v, h.v_scale)
+        add_scaled_(denominator, g, h.g_sq_scale, squared=True)  # v̂_t
+        torch._foreach_sqrt_(denominator)
+        torch._foreach_add_(denominator, h.eps)
+        u = scaled_copy(m, h.m_scale)
+        add_scaled_(u, g, h.g_scale)  # m̂_t
+        torch._foreach_div_(u, denominator)  # r_t
     add_scaled_(u, x, h.weight_decay)  # r_t + λ x_t
     return u, u
 
@@ -262,6 +270,10 @@ def write(bucket: Bucket, state: dict[str, Tensors], layers: Sequence[Layer]) ->
             value.copy_(target)
 
 
+def is_zero(scale: float | Tensor) -> bool:
+    return not isinstance(scale, Tensor) and scale == 0
+
+
 def scaled_copy(tensors: Tensors, scale: float | Tensor) -> Tensors:
     """Return scale · tensors, a new list in one allocation."""
     sizes = [a.numel() for a in tensors]
@@ -281,7 +293,7 @@ def add_scaled_(tensors: Tensors, others: Tensors, scale: float | Tensor, square
         if squared:
             torch._foreach_mul_(others, scale)
         torch._foreach_add_(tensors, others)
-    elif scale != 0:
+    elif not is_zero(scale):
         if squared:
             torch._foreach_addcmul_(tensors, others, others, scale)
         else:
