@@ -53,6 +53,9 @@ def test_contenders_take_turns() -> None:
     times = timing.interleaved(work, CPU, 3, warm_up=1, before=lambda name: order.append(f"before {name}"))
     assert order == ["before a", "a", "before b", "b"] * 4
     assert [len(values) for values in times.values()] == [3, 3]
+    order.clear()
+    timing.interleaved(work, CPU, 2, warm_up=0, before=lambda name: order.append(f"before {name}"), settle=2)
+    assert order == ["before a", "a", "a", "a", "before b", "b", "b", "b"] * 2
 
 
 def test_memory_that_a_step_takes_is_seen() -> None:

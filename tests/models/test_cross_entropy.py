@@ -14,6 +14,7 @@ from largebatch.models.cross_entropy import linear_cross_entropy
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "CPU_LOGITS", 7 * 50)  # 7 rows of 50 classes
+    monkeypatch.setattr(cross_entropy, "CPU_BLOCK", 3 * 50)
 
 
 def draw(rows: int) -> tuple[list[Tensor], Tensor]:
@@ -54,6 +55,15 @@ def test_under_autocast() -> None:
     for a, b in zip(inputs, twins, strict=True):
         assert a.grad.dtype is torch.float32
         assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_several_largest_logits_the_first_wins(dtype: torch.dtype) -> None:
+    weight = torch.zeros(50, 16)
+    weight[[7, 30]] = 1
+    rows, bias, labels = torch.ones(4, 16), torch.zeros(50), torch.tensor([7, 30, 7, 0])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        assert int(linear_cross_entropy(rows, weight, bias, labels)[1]) == 2
 
 
 def test_without_gradients_nothing_is_kept() -> None:

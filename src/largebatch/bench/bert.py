@@ -48,8 +48,9 @@ def bench_bert(
 
     Ours runs as the training command runs it: on real tokens alone, the vocabulary's logits at masked positions, the
     tuned allocator. Theirs is `BertForPreTraining` from its own configuration with its own padding, under the allocator
-    as it comes and under the tuned one. Both under bfloat16 autocast where the device has units for it; ``peer_bf16``
-    has theirs go under it on other devices too, as its users are told to, where a step can take a hundred times longer.
+    as it comes and under the tuned one. In each turn one step is not timed, so that a timed one follows its like. Both
+    under bfloat16 autocast where the device has units for it; ``peer_bf16`` has theirs go under it on other devices
+    too, as its users are told to, where a step can take a hundred times longer.
     Both models have the published vocabulary of 30,522, whatever the text's.
 
     Returns:
@@ -103,7 +104,7 @@ def bench_bert(
                 if name == "largebatch":
                     peaks.append(hardware.matmul_flops_per_s(device, dtype))
 
-            times = interleaved(contenders, device, rounds, warm_up=1, before=prepare_turn)
+            times = interleaved(contenders, device, rounds, warm_up=1, before=prepare_turn, settle=1)
             set_allocator(True)
             mfu = statistics.median(
                 flops / s / peak for s, peak in zip(times["largebatch"], peaks[-rounds:], strict=True)

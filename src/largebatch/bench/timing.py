@@ -20,12 +20,19 @@ def interleaved(
     rounds: int,
     warm_up: int = 2,
     before: Callable[[str], object] = lambda name: None,
+    settle: int = 0,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each contender in rounds in which all take their turn; ``before`` each is not timed."""
+    """Return the seconds of each contender in rounds in which all take their turn.
+
+    Not timed are ``before`` each turn, and so many runs in it as ``settle`` says: they bring back the memory that others
+    took over or returned, which training's next step would find as its last one left it.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + warm_up):
         for name, work in contenders.items():
             before(name)
+            for _ in range(settle):
+                work()
             start = time.perf_counter()
             work()
             if device.type == "cuda":

@@ -3,25 +3,31 @@
 Shapes: N rows of width H; V classes.
 """
 
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits that exist at a time. On a CPU 2^24 (64 MB) were as fast as all at once, 2^20 up to 10% slower (BERT-tiny to
-# -base, one Zen 3 core, torch 2.13, tuned allocator, 2026-11-21).
+# Logits that exist at a time, in the dtype of the product.
 CPU_LOGITS = 1 << 24
 LOGITS = 1 << 27
 
+# Of them in float32 at a time; on a CPU little enough to stay in its caches. See the log of 2026-11-22.
+CPU_BLOCK = 1 << 20
+BLOCK = 1 << 24
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Chunk by chunk of rows: logits, loss, and since the sum's gradient is known then, all gradients at once."""
+    """Chunk by chunk of rows: logits, loss, and since the sum's gradient is known then, all gradients at once.
+
+    The logits of a chunk are widened a block of rows at a time, and make room for their own gradients.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int, block: int
     ) -> tuple[Tensor, Tensor]:
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
@@ -33,29 +39,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=rows.device)
             grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=rows.device)
         with torch.autocast(device, enabled=False):
-            narrow = weight.to(dtype)
+            narrow, bias = weight.to(dtype), bias.float()
             for start in range(0, len(rows), chunk):
-                part, answers = rows[start : start + chunk].to(dtype), labels[start : start + chunk, None]
-                logits = F.linear(part, narrow, bias.to(dtype)).float()
-                largest, of_answers = logits.amax(-1, keepdim=True), logits.gather(-1, answers)
-                # Ties, of which bfloat16 has many, go to the first; a CPU's argmax takes five times amax's time.
-                wins = of_answers == largest if dtype is torch.float32 else logits.argmax(-1, keepdim=True) == answers
-                right += wins.sum()
-                probs = logits.softmax(-1)
-                # The largest probability is 1/V or more, whose logarithm is exact; that of the answer may be 0.
-                loss += (largest - probs.amax(-1, keepdim=True).log() - of_answers).sum()
-                del logits  # before the next ones are made
+                part = rows[start : start + chunk].to(dtype)
+                products = part @ narrow.t()
+                for some, answers in zip(
+                    products.split(block), labels[start : start + chunk, None].split(block), strict=True
+                ):
+                    logits = some + bias
+                    largest, of_answers = logits.amax(-1, keepdim=True), logits.gather(-1, answers)
+                    right += _wins(logits, largest, of_answers, answers)
+                    probs = logits.softmax(-1)
+                    # The largest probability is 1/V or more, whose logarithm is exact; that of the answer may be 0.
+                    loss += (largest - probs.amax(-1, keepdim=True).log() - of_answers).sum()
+                    if wants_grad:
+                        probs.scatter_add_(-1, answers, probs.new_full((), -1.0).expand(answers.shape))
+                        grad_bias += probs.sum(0)
+                        some.copy_(probs)
+                    del logits, probs  # before the next ones are made
                 if not wants_grad:
                     continue
-                probs.scatter_add_(-1, answers, probs.new_full((), -1.0).expand(answers.shape))
-                grad_bias += probs.sum(0)
-                probs = probs.to(dtype)
-                torch.mm(probs, narrow, out=grad_rows[start : start + chunk])
+                torch.mm(products, narrow, out=grad_rows[start : start + chunk])
                 if dtype is torch.float32:
-                    torch.addmm(grad_weight, probs.t(), part, out=grad_weight)
+                    torch.addmm(grad_weight, products.t(), part, out=grad_weight)
                 else:
-                    grad_weight += probs.t() @ part
-                del probs
+                    grad_weight += products.t() @ part
         if wants_grad:
             ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.mark_non_differentiable(right)
@@ -65,7 +73,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         of_inputs = zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
-        return *((saved * grad).to(dtype) if needed else None for saved, dtype, needed in of_inputs), None, None
+        return *((saved * grad).to(dtype) if needed else None for saved, dtype, needed in of_inputs), None, None, None
+
+
+def _wins(logits: Tensor, largest: Tensor, of_answers: Tensor, answers: Tensor) -> Tensor:
+    """Count the rows in which the answer [N, 1] has the largest logit; of several largest the first wins."""
+    if logits.device.type != "cpu":
+        return (logits.argmax(-1, keepdim=True) == answers).sum()
+    hits = (of_answers == largest).squeeze(1)  # a CPU's argmax takes many times amax's time
+    return (logits[hits].argmax(-1) == answers[hits, 0]).sum()
 
 
 def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,6 +100,9 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Ten
     Returns:
         The loss, 0-D float32, which can be differentiated once, and the count, 0-D int64.
     """
-    room = CPU_LOGITS if rows.device.type == "cpu" else LOGITS
-    result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(rows, weight, bias, labels, max(1, room // len(weight)))
+    on_cpu = rows.device.type == "cpu"
+    num_chunks = max(1, math.ceil(len(rows) * len(weight) / (CPU_LOGITS if on_cpu else LOGITS)))
+    chunk = max(1, math.ceil(len(rows) / num_chunks))
+    block = max(1, (CPU_BLOCK if on_cpu else BLOCK) // len(weight))
+    result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(rows, weight, bias, labels, chunk, block)
     return result

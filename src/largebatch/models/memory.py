@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .config import BertConfig
-from .cross_entropy import CPU_LOGITS, LOGITS
+from .cross_entropy import BLOCK, CPU_BLOCK, CPU_LOGITS, LOGITS
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,10 @@ def training_memory(
 
     parameters = num_parameters(config)
     words = config.vocab_size * width * 4
-    chunk = min(masked * config.vocab_size, CPU_LOGITS if device == "cpu" else LOGITS)
+    logits = masked * config.vocab_size
+    chunk, block = (CPU_LOGITS, CPU_BLOCK) if device == "cpu" else (LOGITS, BLOCK)
     narrow = 0 if item == 4 else 2 * parameters  # autocast keeps the weights it has narrowed
-    in_head = masked * width * 4 * 6 + words + chunk * (8 if item == 4 else 12)
+    in_head = masked * width * 4 * 6 + words + min(logits, chunk) * item + min(logits, block) * 8
     return MemoryEstimate(
         weights=4 * parameters + narrow,
         gradients=4 * parameters,
