@@ -24,8 +24,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Return the seconds of each contender in rounds in which all take their turn.
 
-    Not timed are ``before`` each turn, and so many runs in it as ``settle`` says: they bring back the memory that others
-    took over or returned, which training's next step would find as its last one left it.
+    Not timed are ``before`` each turn, and so many runs in it as ``settle`` says: they bring back the memory that
+    others took over or returned, which a step in training finds as the last one left it.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + warm_up):
