@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and command in (_demo, _train, _finetune, _bench, _profile):
         from largebatch.train import threads
 
-        threads.restart_to_wait_passively()
+        threads.restart_to_wait_briefly()
         threads.fit_threads_to_quota()
     try:
         return command(options)

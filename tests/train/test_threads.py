@@ -11,9 +11,9 @@ from largebatch.train import threads
 
 PROGRAM = """
 import os, sys
-from largebatch.train.threads import restart_to_wait_passively
+from largebatch.train.threads import restart_to_wait_briefly
 print("start", os.environ.get("OMP_WAIT_POLICY"), os.getpid(), sys.argv[1:])
-restart_to_wait_passively()
+restart_to_wait_briefly()
 """
 
 
@@ -34,9 +34,9 @@ def test_what_the_user_or_a_launcher_has_chosen_stays(environment: dict[str, str
 
 
 @pytest.mark.parametrize("environment", [{}, {"OMP_NUM_THREADS": "4"}])
-def test_otherwise_threads_wait_passively_and_only_one_restart_follows(environment: dict[str, str]) -> None:
+def test_otherwise_threads_wait_briefly_and_only_one_restart_follows(environment: dict[str, str]) -> None:
     wanted = threads.wanted_environment(environment)
-    assert wanted["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert (wanted["GOMP_SPINCOUNT"], wanted["OMP_WAIT_POLICY"]) == ("1000", "PASSIVE")
     assert threads.wanted_environment({**environment, **wanted}) == {}
 
 

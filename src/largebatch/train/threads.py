@@ -1,10 +1,10 @@
 """How the command's threads wait for each other, and how many there are.
 
-OpenMP's threads spin at the end of every parallel operation. With free cores that saves the time of waking them; with
-other work on the cores the spinning thread keeps from running the one it waits for. BERT-tiny, two threads of a 2-core
-Zen 3, 2026-11-21, ms a step: on free cores 126-130 spinning and 139-144 passive, on shared ones 390-6,000 and 240-530.
-So the command waits passively unless it is told otherwise. OpenMP reads that when it is loaded, before any code of ours
-runs: hence the restart.
+OpenMP's threads spin at the end of every parallel operation, by default for milliseconds. With free cores that saves
+the time of waking them; with other work on the cores the spinning thread keeps from running the one it waits for.
+BERT-tiny, two threads, ms a step, on free cores and beside other work: spinning 288 and 886, passive 376 and 537, a
+thousand spins (some microseconds) 296 and 523 (2-core Zen 4, 2026-11-22). So the command has them spin a thousand times
+unless it is told otherwise. OpenMP reads that when it is loaded, before any code of ours runs: hence the restart.
 """
 
 import math
@@ -30,11 +30,11 @@ def wanted_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """
     if any(name in environment for name in (KEEP, *_WAITING, *_LAUNCHED)) or environment.get("OMP_NUM_THREADS") == "1":
         return {}
-    return {"OMP_WAIT_POLICY": "PASSIVE", KEEP: "1"}
+    return {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "PASSIVE", KEEP: "1"}  # the latter where OpenMP is not GNU's
 
 
-def restart_to_wait_passively() -> None:
-    """Replace this process by the same command with passive waiting, once, unless `wanted_environment` has no wish.
+def restart_to_wait_briefly() -> None:
+    """Replace this process by the same command with threads that spin briefly, once, if `wanted_environment` wishes.
 
     For a process that is the command and nothing else. Its id and its standard streams stay.
     """
