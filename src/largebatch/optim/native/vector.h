@@ -79,6 +79,9 @@ INLINE void load_bfloat16(floats a[VECTORS], const uint16_t *from) {
     const __m256i bits = _mm256_loadu_si256((const __m256i *)from), zero = _mm256_setzero_si256();
     a[0] = (floats)_mm256_unpacklo_epi16(zero, bits);
     a[1] = (floats)_mm256_unpackhi_epi16(zero, bits);
+#elif defined __AVX512F__ /* GCC 12 makes five operations of the conversion */
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+    a[0] = (floats)_mm512_slli_epi32(bits, 16);
 #else
     for (int j = 0; j < VECTORS; j++) {
         halves upper;
@@ -93,6 +96,8 @@ INLINE void store_bfloat16(uint16_t *to, const floats a[VECTORS]) {
 #if CAN_CROSS /* the signed shift and the signed saturation leave the 16 bits as they are */
     const __m256i low = _mm256_srai_epi32((__m256i)a[0], 16), high = _mm256_srai_epi32((__m256i)a[1], 16);
     _mm256_storeu_si256((__m256i *)to, _mm256_packs_epi32(low, high));
+#elif defined __AVX512F__
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)a[0], 16)));
 #else
     for (int j = 0; j < VECTORS; j++) {
         const halves upper = __builtin_convertvector((words)a[j] >> 16, halves);
