@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from .dropout import keep_probs_bits, keep_where
 
-# Probabilities that exist at a time, 1 MB of them. See the log of 2026-11-21.
-CHUNK = 1 << 18
+# Probabilities that exist at a time, 1 MB of them in bfloat16. See the logs of 2026-11-21 and 22.
+CHUNK = 1 << 19
 
 
 class _KeyedAttention(torch.autograd.Function):
