@@ -19,11 +19,11 @@ _GOLDEN = 0x9E3779B9 - (1 << 32)
 
 def mix(h: Tensor) -> Tensor:
     """Scramble int32 values in place: every input bit reaches every output bit (C. Wellons' `lowbias32` constants)."""
-    h ^= (h >> 16) & 0xFFFF
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
     h *= 0x7FEB352D
-    h ^= (h >> 15) & 0x1FFFF
+    h ^= (h >> 15).bitwise_and_(0x1FFFF)
     h *= 0x846CA68B - (1 << 32)
-    h ^= (h >> 16) & 0xFFFF
+    h ^= (h >> 16).bitwise_and_(0xFFFF)
     return h
 
 
