@@ -114,7 +114,13 @@ def test_fine_tuning_is_the_same_run_too(alone: Path, tmp_path: Path) -> None:
     questions = tmp_path / "questions.json"
     questions.write_text(json.dumps(content))
     chosen = [f"init={alone}", f"data.train={questions}", f"data.test={questions}", "device=cpu", "timeout_s=60"]
-    chosen += ["stages.0.batch_size=8", "stages.0.steps=6", "stages.0.micro_batch_size=4", "optim.lr=1e-3"]
+    chosen += [
+        "precision=fp32",
+        "stages.0.batch_size=8",
+        "stages.0.steps=6",
+        "stages.0.micro_batch_size=4",
+        "optim.lr=1e-3",
+    ]
     whole_runs.train(tmp_path / "one", chosen, recipe="squad-demo")
     case = {"ranks": 2, "out": tmp_path / "two", "chosen": [*chosen, "sharding=fsdp"], "recipe": "squad-demo"}
     on_ranks([case], tmp_path / "ranks")

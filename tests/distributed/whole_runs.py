@@ -33,6 +33,7 @@ SETTINGS = [
     "keep_checkpoints=9",
     "timeout_s=60",
     "device=cpu",
+    "precision=fp32",  # runs are compared to 1e-5, on processors with bfloat16 units too
 ]
 
 
