@@ -3,7 +3,7 @@
 OpenMP's threads spin at the end of every parallel operation, by default for milliseconds. With free cores that saves
 the time of waking them; with other work on the cores the spinning thread keeps from running the one it waits for.
 BERT-tiny, two threads, ms a step, on free cores and beside other work: spinning 288 and 886, passive 376 and 537, a
-thousand spins (some microseconds) 296 and 523 (2-core Zen 4, 2026-11-22). So the command has them spin a thousand times
+thousand spins 296 and 523 (2-core Zen 4, 2026-11-22). So the command has them spin a thousand times
 unless it is told otherwise. OpenMP reads that when it is loaded, before any code of ours runs: hence the restart.
 """
 
