@@ -34,8 +34,8 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "largebatch needs Python 3.11 or newer; run make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# The package's own build compiles the CPU kernel, so that what that is made of makes it install again.
-KERNEL := setup.py $(wildcard src/largebatch/optim/native/*.[ch])
+# The package's own build compiles the CPU kernels, so that what they are made of makes it install again.
+KERNEL := setup.py $(wildcard src/largebatch/*/native/*.[ch])
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL) | $(VENV)/bin/python
 	$(PIP) install --quiet --constraint constraints.txt torch setuptools
@@ -48,4 +48,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build src/largebatch/optim/native/*.so *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build src/largebatch/*/native/*.so *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,7 +40,7 @@ C_OPERATORS = {
     " + ": " - ", " - ": " + ", " * ": " / ", " / ": " * ", " += ": " -= ", " < ": " <= ", " > ": " >= ", " & ": " | ",
     " | ": " & ", " == ": " != ", " != ": " == ", " && ": " || ", " || ": " && ", "(-": "(", ", -": ", ", "= !": "= ",
 }  # fmt: skip
-KERNEL = Path("src/largebatch/optim/native/kernels.so")
+KERNELS = [Path(f"src/largebatch/{part}/native/kernels.so") for part in ("optim", "models")]
 BUILD = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
 
 Edit = Callable[[], None]
@@ -118,11 +118,11 @@ def c_mutants(text: str, lines: range) -> Iterator[tuple[str, str]]:
 
 
 def builds() -> bool:
-    """Build the kernel, which setup.py does without where it cannot."""
-    for built in (KERNEL, *Path("build").rglob(KERNEL.name)):  # setup.py would copy the older one from there
+    """Build the kernels, which setup.py does without where it cannot."""
+    for built in (*KERNELS, *Path("build").rglob(KERNELS[0].name)):  # setup.py would copy the older one from there
         built.unlink(missing_ok=True)
     subprocess.run(BUILD, capture_output=True, check=True)
-    return KERNEL.exists()
+    return all(kernel.exists() for kernel in KERNELS)
 
 
 def survives(arguments: list[str], limit_s: float = float("inf"), quiet: bool = True) -> bool:

@@ -19,7 +19,7 @@ from optim_cases import build, give_gradients, largest_difference, layers, run
 from torch import Tensor
 from torch.optim import Optimizer
 
-from largebatch import LAMB, LARS, NNLAMB
+from largebatch import LAMB, LARS, NNLAMB, compiled
 from largebatch.optim import backends
 
 native = pytest.importorskip("largebatch.optim.native", exc_type=ImportError)  # a machine without a compiler
@@ -34,7 +34,7 @@ def _restored() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    library.choose(native.BACKEND.library, os.environ.get(library.ISA_VARIABLE))
+    compiled.choose(native.BACKEND.library, os.environ.get(compiled.ISA_VARIABLE))
 
 
 def fingerprint(optimizer: Optimizer, params: list[Tensor]) -> list[Tensor]:
@@ -58,7 +58,7 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def steps_on(isa: str, name: str, dtype: torch.dtype, **settings: object) -> tuple[Optimizer, list[Tensor]]:
-    if library.choose(native.BACKEND.library, isa) != isa:
+    if compiled.choose(native.BACKEND.library, isa) != isa:
         pytest.skip(f"this processor has no {isa}")
     params = layers(dtype)
     optimizer = build(name, params, backend="native", **settings)
@@ -283,10 +283,10 @@ def test_a_library_that_is_not_this_ones_is_not_used(tmp_path: Path, monkeypatch
 
 
 def test_the_instruction_set_can_be_limited_from_outside() -> None:
-    code = "from largebatch.optim import native; from largebatch.optim.native import library as l\n"
-    code += "print(l.choose(native.BACKEND.library, None), end=' ')"
+    code = "from largebatch import compiled\nfrom largebatch.optim import native\n"
+    code += "print(compiled.choose(native.BACKEND.library, None), end=' ')"
     for value, error in (("baseline", ""), ("sse9", "LARGEBATCH_NATIVE_ISA='sse9': expected 'baseline', 'avx2' or")):
-        environment = {**os.environ, library.ISA_VARIABLE: value}
+        environment = {**os.environ, compiled.ISA_VARIABLE: value}
         result = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
         )

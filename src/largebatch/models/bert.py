@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .add_norm import dropout_add_norm
 from .config import BertConfig
 from .dropout import Dropout, number_sites
 from .layout import TokenLayout, attention
@@ -78,7 +79,7 @@ class BertOutput(nn.Module):
     def forward(self, rows: Tensor, residual: Tensor, row_keys: Tensor | None) -> Tensor:
         """[T, width], [T, H], [T] -> [T, H]."""
         if self.fused is None:
-            return self.LayerNorm(self.dropout(self.dense(rows), row_keys) + residual)
+            return dropout_add_norm(self.dense(rows), residual, self.dropout, self.LayerNorm, row_keys)
         norm, prob = self.LayerNorm, self.dropout.p if self.training else 0.0
         return self.fused(
             self.dense(rows), residual, norm.weight, norm.bias, norm.eps, prob, row_keys, self.dropout.site

@@ -61,14 +61,24 @@ def keep_probs_bits(keys: Tensor, site: int, num_heads: int, keep_prob: float) -
     return _decide(mix(rows[..., None] ^ columns), 1, num_heads, keep_prob)
 
 
+def threshold(keep_prob: float) -> int:
+    """Return below which number the 16 bits of an element let it live."""
+    return min(round(keep_prob * (1 << 16)), (1 << 16) - 1)
+
+
+def scale_of(keep_prob: float) -> float:
+    """Return the factor that makes up for what is dropped."""
+    return (1 << 16) / max(threshold(keep_prob), 1)
+
+
 def _decide(pairs: Tensor, dim: int, size: int, keep_prob: float) -> tuple[Tensor, float]:
     """Decide two elements by each 32 bits: along ``dim`` the lower 16 are for the first half of them."""
-    kept = min(round(keep_prob * (1 << 16)), (1 << 16) - 1)
+    kept = threshold(keep_prob)
     # A difference is negative where its element lives, and the shift spreads its sign. Comparisons, which give bool,
     # are not vectorised on a CPU.
     lower = (pairs & 0xFFFF).sub_(kept)
     upper = (pairs.narrow(dim, 0, size - pairs.shape[dim]) >> 16).sub_(kept - (1 << 15))
-    return torch.cat([lower, upper], dim).bitwise_right_shift_(31), (1 << 16) / max(kept, 1)
+    return torch.cat([lower, upper], dim).bitwise_right_shift_(31), scale_of(keep_prob)
 
 
 def keep_where(x: Tensor, bits: Tensor) -> Tensor:

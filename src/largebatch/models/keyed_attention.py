@@ -1,5 +1,8 @@
 """Attention with dropout by keys, sequence by sequence: little enough at a time to stay in a CPU's cache.
 
+Between the matrix products, in one pass each, a kernel in C does the work (`native`). The class `Operations` here does
+the same by torch's operations: what the kernel is tested against, and what runs where it cannot.
+
 Shapes: T rows, the real tokens; H the model's width; n heads of width d; c sequences of L tokens in a chunk.
 """
 
@@ -10,53 +13,98 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dropout import keep_probs_bits, keep_where
+from . import native
+from .dropout import keep_probs_bits, keep_where, scale_of
 
-# Probabilities that exist at a time, 1 MB of them in bfloat16. See the logs of 2026-11-21 and 22.
-CHUNK = 1 << 19
+# Probabilities that exist at a time, 4 MB of them in bfloat16. See the log of 2026-11-22.
+CHUNK = 1 << 21
+
+
+class Operations:
+    """What lies between the matrix products, by torch's operations."""
+
+    def split(self, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
+        """[c L, H] -> [c n, L, d], times ``scale``."""
+        heads = rows.view(*chunk, num_heads, -1).transpose(1, 2).reshape(chunk[0] * num_heads, chunk[1], -1)
+        return heads if scale == 1 else heads * scale
+
+    def join(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> None:
+        """Write [c n, L, d], times ``scale``, to rows [c L, H]."""
+        by_sequence = heads.view(chunk[0], num_heads, *heads.shape[1:]).transpose(1, 2)
+        torch.mul(by_sequence, scale, out=rows.view(*chunk, num_heads, -1))
+
+    def softmax(self, scores: Tensor, keys: Tensor, site: int, keep_prob: float) -> Tensor:
+        """Turn scores into probabilities in place, and return these with zeros for those that are dropped.
+
+        The sign of a probability says afterwards whether it was dropped.
+
+        Args:
+            scores: [c, n, L, L].
+            keys: [c, L] int32, of the query rows.
+            site, keep_prob: as for `keep_probs_bits`.
+        """
+        probs = scores.softmax(-1)
+        bits, _ = keep_probs_bits(keys, site, scores.shape[1], keep_prob)
+        torch.where(bits.bool(), probs, -probs, out=scores)
+        return keep_where(probs, bits)
+
+    def softmax_backward(self, grads: Tensor, probs: Tensor) -> Tensor:
+        """Turn the gradients of dropped probabilities into those of scores in place; return the dropped ones again.
+
+        Args:
+            grads: [c n, L, L].
+            probs: as `softmax` left them, of the same shape.
+        """
+        lives = ~probs.signbit()
+        grads.copy_(torch._softmax_backward_data(grads * lives, probs.abs(), -1, probs.dtype))
+        return probs * lives
+
+
+OPERATIONS = Operations()
 
 
 class _KeyedAttention(torch.autograd.Function):
-    """Keeps the probabilities for the backward pass, and draws the masks anew there."""
+    """Keeps the heads of its inputs and the probabilities for the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, cut: "Cut", site: int, prob: float
     ) -> Tensor:
-        ctx.cut, ctx.site, ctx.keep_prob = cut, site, 1 - prob
-        query = query * cut.head_width**-0.5
+        kernel = native.kernel()
+        work = kernel if kernel is not None and kernel.takes_attention(query, cut.longest) else OPERATIONS
+        ctx.cut, ctx.work, ctx.scale = cut, work, scale_of(1 - prob)
         context = torch.empty_like(value)
         saved = []
-        scale = 1.0
         for rows, chunk in cut.chunks():
-            q, k, v = (cut.heads(part[rows], chunk) for part in (query, key, value))
-            probs = (q @ k.transpose(1, 2)).softmax(-1)
-            bits, scale = keep_probs_bits(keys[rows].view(chunk), site, cut.num_heads, ctx.keep_prob)
-            bits = bits.view_as(probs)
-            cut.put(context[rows], keep_where(probs, bits) @ v, chunk)
-            saved.append(probs)
-        ctx.save_for_backward(query, key, value, keys, *saved)
-        return context.mul_(scale)
+            q = work.split(query[rows], chunk, cut.num_heads, cut.head_width**-0.5)
+            k, v = (work.split(part[rows], chunk, cut.num_heads, 1.0) for part in (key, value))
+            probs = torch.bmm(q, k.transpose(1, 2))
+            matrices = probs.view(chunk[0], cut.num_heads, chunk[1], chunk[1])
+            dropped = work.softmax(matrices, keys[rows].view(chunk), site, 1 - prob).view_as(probs)
+            work.join(torch.bmm(dropped, v), context[rows], chunk, cut.num_heads, ctx.scale)
+            saved += [q, k, v, probs]
+        ctx.save_for_backward(*saved)
+        return context
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cut: Cut = ctx.cut
-        query, key, value, keys, *saved = ctx.saved_tensors
-        grads = [torch.empty_like(part) for part in (query, key, value)]
-        scale = 1.0
-        for (rows, chunk), probs in zip(cut.chunks(), saved, strict=True):
-            q, k, v, g = (cut.heads(part[rows], chunk) for part in (query, key, value, grad))
-            bits, scale = keep_probs_bits(keys[rows].view(chunk), ctx.site, cut.num_heads, ctx.keep_prob)
-            bits = bits.view_as(probs)
-            of_probs = keep_where(g @ v.transpose(1, 2), bits)
-            of_scores = torch._softmax_backward_data(of_probs, probs, -1, probs.dtype)
-            of_heads = (of_scores @ k, of_scores.transpose(1, 2) @ q, keep_where(probs, bits).transpose(1, 2) @ g)
-            for whole, part in zip(grads, of_heads, strict=True):
-                cut.put(whole[rows], part, chunk)
-        grads[0].mul_(scale * cut.head_width**-0.5)
-        for rest in grads[1:]:
-            rest.mul_(scale)
+        cut, work = ctx.cut, ctx.work
+        grad = grad.contiguous()
+        grads = [torch.empty_like(grad) for _ in range(3)]
+        saved = iter(ctx.saved_tensors)
+        for rows, chunk in cut.chunks():
+            q, k, v, probs = (next(saved) for _ in range(4))
+            g = work.split(grad[rows], chunk, cut.num_heads, ctx.scale)
+            of_scores = torch.bmm(g, v.transpose(1, 2))
+            dropped = work.softmax_backward(of_scores, probs)
+            of_heads = (
+                (torch.bmm(of_scores, k), cut.head_width**-0.5),
+                (torch.bmm(of_scores.transpose(1, 2), q), 1.0),
+                (torch.bmm(dropped.transpose(1, 2), g), 1.0),
+            )
+            for whole, (part, scale) in zip(grads, of_heads, strict=True):
+                work.join(part, whole[rows], chunk, cut.num_heads, scale)
         return *grads, None, None, None, None
 
 
@@ -71,6 +119,7 @@ class Cut:
 
     def __init__(self, blocks: list[tuple[int, int]], num_heads: int, head_width: int) -> None:
         self.blocks, self.num_heads, self.head_width = blocks, num_heads, head_width
+        self.longest = max(length for _, length in blocks)
 
     def chunks(self) -> Iterator[tuple[slice, tuple[int, int]]]:
         """Yield the rows of each chunk, and (c, L)."""
@@ -81,16 +130,6 @@ class Cut:
                 some = min(size, count - first)
                 yield slice(start, start + some * length), (some, length)
                 start += some * length
-
-    def heads(self, rows: Tensor, chunk: tuple[int, int]) -> Tensor:
-        """[c L, H] -> [c n, L, d]; of one sequence it is a view."""
-        shape = (*chunk, self.num_heads, self.head_width)
-        return rows.view(shape).transpose(1, 2).reshape(-1, chunk[1], self.head_width)
-
-    def put(self, rows: Tensor, heads: Tensor, chunk: tuple[int, int]) -> None:
-        """Write [c n, L, d] to the rows [c L, H]."""
-        shape = (*chunk, self.num_heads, self.head_width)
-        rows.view(shape).transpose(1, 2).copy_(heads.view(chunk[0], self.num_heads, chunk[1], self.head_width))
 
 
 def keyed_attention(
@@ -106,7 +145,7 @@ def keyed_attention(
     """Attention of each sequence over itself, its probabilities dropped by keys: [T, H] -> [T, H].
 
     Args:
-        query, key, value: [T, H].
+        query, key, value: [T, H], contiguous.
         num_heads: n.
         blocks: (number of sequences, their length) of each run of rows with one length.
         row_keys: [T] int32.

@@ -83,12 +83,15 @@ def training_memory(
     item = 4 if precision == "fp32" else 2
     dropping, attention_drops = config.hidden_dropout_prob > 0, config.attention_probs_dropout_prob > 0
     mask = 0 if not dropping else 4 if keyed_dropout else 1
+    layer_mask = 0 if keyed_dropout and device == "cpu" else mask  # drawn anew in the backward pass
 
     # Of a row: query, key, value and context; then for each of the two halves of a layer the input, what LayerNorm
     # saves (float32) and the dropout mask; and the feed-forward layer's inner rows before and after its activation.
-    attended = 4 * width * item + (heads * length * 4 if attention_drops and (device == "cpu" or keyed_dropout) else 0)
+    keeps_probs = attention_drops and (device == "cpu" or keyed_dropout)
+    probs = heads * length * (item if keyed_dropout else 4) if keeps_probs else 0
+    attended = 4 * width * item + probs
     outer = width * item
-    finished = width * item + 2 * width * (4 + mask) + 2 * wide * item
+    finished = width * item + 2 * width * (4 + layer_mask) + 2 * wide * item
     layers = config.num_hidden_layers
     of_layer = tokens * (outer + attended + finished)
     of_last_layer = tokens * (outer + attended) + last * (2 * width * item + finished)

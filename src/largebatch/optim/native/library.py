@@ -1,11 +1,12 @@
 """The shared library that setup.py builds from the C sources beside this file, and what it is handed."""
 
 import ctypes
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from largebatch import compiled
 
 # `struct layer` and `struct numbers` of native.h, field by field.
 LAYER = np.dtype(
@@ -43,26 +44,16 @@ RULES = {"lamb": 0, "lars": 1, "lars2017": 2}
 NORMS = {"l2": 0, "l1": 1, "linf": 2}
 DIRECT, DESCEND = 1, 2
 
-# The best instruction set to use: "baseline", "avx2" or "avx512". Unset, it is the best that the processor has.
-ISA_VARIABLE = "LARGEBATCH_NATIVE_ISA"
-
 
 def load() -> ctypes.CDLL:
-    """Load the library and choose the instruction set.
+    """Load the library.
 
     Raises:
-        ImportError: it was not built, was built from other sources, or the environment asks for what it does not have.
+        ImportError: as for `compiled.load`, or it was built from other sources.
     """
-    path = Path(__file__).with_name("kernels.so")
-    if not path.exists():
-        raise ImportError("the CPU kernel was not compiled when largebatch was installed; reinstall with a C compiler")
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ImportError(f"the CPU kernel cannot be loaded: {error}") from error
+    library = compiled.load(Path(__file__).parent)
     address, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.largebatch_layout.argtypes = [address]
-    library.largebatch_choose.argtypes, library.largebatch_choose.restype = [ctypes.c_char_p], ctypes.c_char_p
     library.largebatch_count.argtypes = [address, long, address]
     library.largebatch_step.argtypes = [address, long, address, integer, integer, integer, integer, address, address]
     for function in (library.largebatch_layout, library.largebatch_count, library.largebatch_step):
@@ -71,13 +62,4 @@ def load() -> ctypes.CDLL:
     library.largebatch_layout(sizes)
     if list(sizes) != [LAYER.itemsize, NUMBERS.itemsize]:
         raise ImportError("the CPU kernel was compiled from other sources than these; reinstall largebatch")
-    choose(library, os.environ.get(ISA_VARIABLE))
     return library
-
-
-def choose(library: ctypes.CDLL, highest: str | None) -> str:
-    """Use the best instruction set of this processor up to ``highest``, and return its name."""
-    chosen: bytes | None = library.largebatch_choose(highest.encode() if highest else None)
-    if chosen is None:
-        raise ImportError(f"{ISA_VARIABLE}={highest!r}: expected 'baseline', 'avx2' or 'avx512'")
-    return chosen.decode()

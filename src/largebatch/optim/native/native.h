@@ -61,6 +61,14 @@ static inline double join(enum norm norm, double a, double b) {
 /* What the library shows; all else is compiled with hidden visibility. */
 #define EXPORTED __attribute__((visibility("default")))
 
+/* isa.c: the instruction sets, the best first. */
+#ifdef __x86_64__
+enum isa { AVX512, AVX2, BASELINE };
+#else
+enum isa { BASELINE };
+#endif
+extern enum isa chosen_isa;
+
 /* threads.c */
 struct team;
 typedef void (*team_body)(void *context, struct team *, int rank, int size);

@@ -7,7 +7,6 @@
  */
 #include <math.h>
 #include <stdatomic.h>
-#include <string.h>
 
 #include "native.h"
 
@@ -143,42 +142,13 @@ static void member(void *context, struct team *team, int rank, int size) {
 
 /* ---- what Python calls ---- */
 
-static const struct {
-    const char *name;
-    const struct rule_kernel *kernel;
-} variants[] = {
+static const struct rule_kernel *const kernels[] = {
 #ifdef __x86_64__
-    {"avx512", largebatch_avx512},
-    {"avx2", largebatch_avx2},
+    [AVX512] = largebatch_avx512,
+    [AVX2] = largebatch_avx2,
 #endif
-    {"baseline", largebatch_baseline},
+    [BASELINE] = largebatch_baseline,
 };
-
-enum { NUM_VARIANTS = sizeof variants / sizeof *variants };
-
-static int chosen = NUM_VARIANTS - 1;
-
-static int runs_here(int variant) {
-#ifdef __x86_64__
-    __builtin_cpu_init();
-    if (variants[variant].kernel == largebatch_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (variants[variant].kernel == largebatch_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    (void)variant;
-    return 1;
-}
-
-/* Choose the best instruction set that this processor has, none beyond `highest` if that is not null. Return its name,
- * or null if there is no such set as `highest`. */
-EXPORTED const char *largebatch_choose(const char *highest) {
-    int variant = 0;
-    while (highest && variant < NUM_VARIANTS && strcmp(variants[variant].name, highest)) variant++;
-    if (variant == NUM_VARIANTS) return 0;
-    while (!runs_here(variant)) variant++;
-    return variants[chosen = variant].name;
-}
 
 /* Tell the sizes of what is shared with Python. */
 EXPORTED void largebatch_layout(int64_t sizes[2]) {
@@ -201,7 +171,7 @@ EXPORTED void largebatch_step(const struct layer *layers, int64_t num_layers, co
         .layers = layers,
         .numbers = numbers,
         .num_layers = num_layers,
-        .kernel = &variants[chosen].kernel[rule],
+        .kernel = &kernels[chosen_isa][rule],
         .norm = (enum norm)norm,
         .phases = phases,
         .measured = measured,

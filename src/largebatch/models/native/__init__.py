@@ -1,0 +1,192 @@
+"""The CPU kernel of BERT, in C: what lies between its matrix products, each in one pass over memory.
+
+setup.py compiles it when the package is installed. attention.c and norm.c have the arithmetic, calls.c the division
+among threads. The same bits come out on any number of threads. Where it is missing, and for what it does not take,
+torch's operations do the same.
+"""
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from largebatch import compiled
+
+from ..dropout import scale_of, threshold
+
+_ADDRESS, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_MASK = [_ADDRESS, ctypes.c_uint32, _INT]  # keys, site, threshold
+# Of the functions in calls.c.
+_SIGNATURES: dict[str, list[type]] = {
+    "softmax": [_LONG] * 3 + [_INT, *_MASK] + [_ADDRESS] * 2 + [_INT],
+    "softmax_backward": [_LONG] * 2 + [_INT] + [_ADDRESS] * 3 + [_INT],
+    "heads": [_INT] + [_LONG] * 5 + [_INT, _FLOAT] + [_ADDRESS] * 2 + [_INT],
+    "add_norm": [_LONG] * 2 + [_INT, *_MASK] + [_FLOAT] * 2 + [_ADDRESS] * 7 + [_INT],
+    "add_norm_backward": [_LONG] * 2 + [_INT, *_MASK] + [_FLOAT] + [_ADDRESS] * 7 + [_INT],
+}
+
+
+class Kernel:
+    """The library's functions, on tensors that are contiguous but where something else is said.
+
+    Shapes: c sequences of L tokens, n heads of width d; T rows of H columns.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, types in _SIGNATURES.items():
+            function = getattr(library, f"largebatch_{name}")
+            function.argtypes, function.restype = types, None
+        self.library = library
+        self.max_length: int = library.largebatch_max_length()
+        self.norm_rows: int = library.largebatch_norm_rows()
+
+    def takes_attention(self, rows: Tensor, longest: int) -> bool:
+        """Say whether it can do the attention of such rows."""
+        return _is_plain(rows) and _is_narrow(rows.dtype) is not None and longest <= self.max_length
+
+    def takes_norm(self, rows: Tensor, *others: Tensor | None) -> bool:
+        """Say whether it can add such rows to a residual and normalise them; ``others`` is all else."""
+        if not _is_plain(rows) or _is_narrow(rows.dtype) is None:
+            return False
+        return all(each is not None and _is_plain(each) and each.dtype is torch.float32 for each in others)
+
+    def softmax(self, scores: Tensor, keys: Tensor, site: int, keep_prob: float) -> Tensor:
+        """See `Operations.softmax`."""
+        dropped = torch.empty_like(scores)
+        self.library.largebatch_softmax(
+            *scores.shape[:3],
+            _is_narrow(scores.dtype),
+            keys.data_ptr(),
+            site,
+            threshold(keep_prob),
+            scores.data_ptr(),
+            dropped.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return dropped
+
+    def softmax_backward(self, grads: Tensor, probs: Tensor) -> Tensor:
+        """See `Operations.softmax_backward`."""
+        dropped = torch.empty_like(probs)
+        length = probs.shape[-1]
+        self.library.largebatch_softmax_backward(
+            probs.numel() // length,
+            length,
+            _is_narrow(probs.dtype),
+            grads.data_ptr(),
+            probs.data_ptr(),
+            dropped.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return dropped
+
+    def split(self, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
+        """See `Operations.split`; the rows may lie apart."""
+        heads = rows.new_empty(chunk[0] * num_heads, chunk[1], rows.shape[1] // num_heads)
+        self._copy(0, rows, heads, chunk, num_heads, scale)
+        return heads
+
+    def join(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> None:
+        """See `Operations.join`; the rows may lie apart."""
+        self._copy(1, rows, heads, chunk, num_heads, scale)
+
+    def _copy(
+        self, joins: int, rows: Tensor, heads: Tensor, chunk: tuple[int, int], num_heads: int, scale: float
+    ) -> None:
+        self.library.largebatch_heads(
+            joins,
+            chunk[0],
+            num_heads,
+            chunk[1],
+            heads.shape[2],
+            rows.stride(0),
+            _is_narrow(rows.dtype),
+            scale,
+            rows.data_ptr(),
+            heads.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def add_norm(
+        self,
+        rows: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        keys: Tensor,
+        site: int,
+        prob: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return residual + dropout(rows), its rows' mean and inverse deviation [T, 2], and their LayerNorm."""
+        rows, residual = rows.contiguous(), residual.contiguous()
+        total, normed = torch.empty_like(residual), torch.empty_like(residual)
+        moments = residual.new_empty(len(rows), 2)
+        kept, scale = _of_dropout(prob)
+        self.library.largebatch_add_norm(
+            *rows.shape,
+            _is_narrow(rows.dtype),
+            keys.data_ptr(),
+            site,
+            kept,
+            scale,
+            eps,
+            *(each.data_ptr() for each in (rows, residual, weight, bias, total, moments, normed)),
+            torch.get_num_threads(),
+        )
+        return total, moments, normed
+
+    def add_norm_backward(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        keys: Tensor,
+        total: Tensor,
+        moments: Tensor,
+        site: int,
+        prob: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of the rows, which have ``dtype``, of the residual, the weight and the bias."""
+        of_rows, of_residual = torch.empty_like(grad, dtype=dtype), torch.empty_like(grad)
+        of_affine = grad.new_empty(-(-len(grad) // self.norm_rows), 2, grad.shape[1])
+        kept, scale = _of_dropout(prob)
+        self.library.largebatch_add_norm_backward(
+            *grad.shape,
+            _is_narrow(dtype),
+            keys.data_ptr(),
+            site,
+            kept,
+            scale,
+            *(each.data_ptr() for each in (weight, total, moments, grad, of_rows, of_residual, of_affine)),
+            torch.get_num_threads(),
+        )
+        return of_rows, of_residual, *of_affine.sum(0)
+
+
+def _of_dropout(prob: float) -> tuple[int, float]:
+    """Return the threshold, which is above all 16 bits where nothing is dropped, and the scale."""
+    return (threshold(1 - prob), scale_of(1 - prob)) if prob > 0 else (1 << 16, 1.0)
+
+
+def _is_narrow(dtype: torch.dtype) -> bool | None:
+    """Say whether numbers are bfloat16 and not float32; None for others."""
+    return {torch.float32: False, torch.bfloat16: True}.get(dtype)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Say whether these are numbers in memory, and not a stand-in for some elsewhere or of a compiler."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def kernel() -> Kernel | None:
+    """Return the kernel, or say once that it is missing."""
+    try:
+        return Kernel(compiled.load(Path(__file__).parent))
+    except ImportError as error:
+        logging.getLogger(__name__).warning("BERT on the CPU runs on torch operations, more slowly: %s", error)
+        return None

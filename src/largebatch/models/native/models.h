@@ -1,0 +1,69 @@
+/* What the parts of the CPU kernel of BERT share. Tensors are float32, or bfloat16 where `narrow`. */
+#ifndef LARGEBATCH_MODELS_H
+#define LARGEBATCH_MODELS_H
+
+#include "native.h"
+
+/* The longest row there is room for. */
+enum { MAX_LENGTH = 4096 };
+
+/* Matrices of probabilities [count, heads, length, length], and which of their elements a dropout of dropout.py keeps:
+ * those of which 16 bits of a hash are less than `kept`. */
+struct attention {
+    int64_t count, heads, length;
+    int32_t narrow, kept;
+    uint32_t site;
+    const int32_t *keys; /* [count, length] */
+    void *probs;         /* forward: in place of the scores. The sign of a probability says that it was dropped */
+    void *dropped;       /* the probabilities, with zeros for those that were dropped */
+    void *grads;         /* backward: of `dropped`; in its place come those of the scores */
+};
+
+/* Rows [count, length, heads, width], `stride` elements from one to the next, and the same [count, heads, length, width]
+ * times `scale`. */
+struct heads {
+    int64_t count, heads, length, width, stride;
+    int32_t narrow;
+    float scale;
+    void *rows, *by_head;
+};
+
+/* y = LayerNorm(residual + dropout(x)), all [rows, width]. x and its gradient are bfloat16 where `narrow`, all else is
+ * float32. */
+struct add_norm {
+    int64_t rows, width;
+    int32_t narrow, kept;
+    uint32_t site;
+    const int32_t *keys; /* [rows] */
+    float scale;         /* makes up for what is dropped */
+    float eps;
+    const void *x;
+    const float *residual, *weight, *bias;
+    float *sum, *moments, *y; /* residual + dropout(x); of each row its mean and 1 / standard deviation */
+    const float *grad_y;
+    void *grad_x;
+    float *grad_residual;
+    float *grad_affine; /* [blocks of NORM_ROWS rows, 2, width]: their sums for weight and bias */
+};
+
+enum { NORM_ROWS = 64 };
+
+/* Each does items `first` up to `last` of its work. */
+typedef void (*task)(const void *work, int64_t first, int64_t last);
+
+/* attention.c and norm.c, compiled once for each instruction set. */
+struct attention_kernel {
+    task softmax;          /* of a sequence, a pair of heads */
+    task softmax_backward; /* a row of a matrix */
+    task split, join;      /* a head of a sequence: from `rows` to `by_head`, and back */
+};
+
+struct norm_kernel {
+    task forward;  /* a row */
+    task backward; /* a block of NORM_ROWS rows */
+};
+
+extern const struct attention_kernel attention_baseline, attention_avx2, attention_avx512;
+extern const struct norm_kernel norm_baseline, norm_avx2, norm_avx512;
+
+#endif

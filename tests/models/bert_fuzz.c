@@ -1,0 +1,125 @@
+/* Random matrices through the CPU kernel of BERT, to be compiled with sanitizers: bert_fuzz SEED ROUNDS.
+ *
+ * Every tensor is an allocation of its exact size, so that an address sanitizer sees any access outside of it. Each work
+ * is done twice, on different numbers of threads and, where they have fused multiply-adds, on different instruction
+ * sets; it must leave the same bits. Fails by exit status or by what the sanitizers print.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "models.h"
+
+const char *largebatch_choose(const char *highest);
+int largebatch_max_length(void), largebatch_norm_rows(void);
+void largebatch_softmax(int64_t count, int64_t heads, int64_t length, int narrow, const int32_t *keys, uint32_t site,
+                        int kept, void *probs, void *dropped, int num_threads);
+void largebatch_softmax_backward(int64_t rows, int64_t length, int narrow, void *grads, const void *probs,
+                                 void *dropped, int num_threads);
+void largebatch_heads(int joins, int64_t count, int64_t heads, int64_t length, int64_t width, int64_t stride,
+                      int narrow, float scale, void *rows, void *by_head, int num_threads);
+void largebatch_add_norm(int64_t rows, int64_t width, int narrow, const int32_t *keys, uint32_t site, int kept,
+                         float scale, float eps, const void *x, const float *residual, const float *weight,
+                         const float *bias, float *sum, float *moments, float *y, int num_threads);
+void largebatch_add_norm_backward(int64_t rows, int64_t width, int narrow, const int32_t *keys, uint32_t site,
+                                  int kept, float scale, const float *weight, const float *sum, const float *moments,
+                                  const float *grad_y, void *grad_x, float *grad_residual, float *grad_affine,
+                                  int num_threads);
+
+enum { TENSORS = 12 };
+
+static uint64_t seed;
+
+static uint32_t draw(uint32_t below) {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(seed >> 33) % below;
+}
+
+/* A work's tensors, made anew from the same seed for each time that it is done. */
+struct tensors {
+    int num;
+    void *memory[TENSORS];
+    size_t sizes[TENSORS];
+};
+
+static void *make(struct tensors *all, int64_t count, int narrow) {
+    const size_t size = (size_t)count * (narrow ? 2 : 4);
+    char *tensor = malloc(size);
+    for (int64_t i = 0; i < count; i++) {
+        float a = (float)((int)draw(2001) - 1000) / 97;
+        uint32_t bits;
+        memcpy(&bits, &a, 4);
+        if (narrow)
+            ((uint16_t *)tensor)[i] = (uint16_t)(bits >> 16);
+        else
+            memcpy(tensor + 4 * i, &bits, 4);
+    }
+    all->sizes[all->num] = size;
+    return all->memory[all->num++] = tensor;
+}
+
+static void attend(struct tensors *all, int num_threads) {
+    const int64_t count = 1 + draw(4), heads = 1 + draw(5), width = 1 + draw(40);
+    const int64_t length = draw(8) ? 1 + draw(70) : largebatch_max_length() - (int64_t)draw(2);
+    const int64_t sequences = length > 70 ? 1 : count, rows = sequences * length, apart = draw(9);
+    const int narrow = (int)draw(2);
+    if (length > 70) { /* a few rows of a matrix are enough */
+        const int64_t some = 1 + draw(20);
+        void *grads = make(all, some * length, narrow), *probs = make(all, some * length, narrow);
+        largebatch_softmax_backward(some, length, narrow, grads, probs, make(all, some * length, narrow), num_threads);
+        return;
+    }
+    const int64_t elements = sequences * heads * length * length;
+    const int32_t *keys = make(all, rows, 0);
+    void *probs = make(all, elements, narrow), *dropped = make(all, elements, narrow);
+    largebatch_softmax(sequences, heads, length, narrow, keys, draw(9), (int)draw(65537), probs, dropped, num_threads);
+    void *grads = make(all, elements, narrow);
+    largebatch_softmax_backward(sequences * heads * length, length, narrow, grads, probs, dropped, num_threads);
+    const int64_t stride = heads * width + apart;
+    void *packed = make(all, rows * stride - apart, narrow), *by_head = make(all, rows * heads * width, narrow);
+    largebatch_heads((int)draw(2), sequences, heads, length, width, stride, narrow, draw(2) ? 1 : 0.3f, packed,
+                     by_head, num_threads);
+}
+
+static void add_and_normalize(struct tensors *all, int num_threads) {
+    const int64_t rows = 1 + draw(200), width = 1 + draw(300), elements = rows * width;
+    const int64_t blocks = (rows + largebatch_norm_rows() - 1) / largebatch_norm_rows();
+    const int narrow = (int)draw(2), kept = (int)draw(65537);
+    const uint32_t site = draw(9);
+    const int32_t *keys = make(all, rows, 0);
+    const float *weight = make(all, width, 0), *bias = make(all, width, 0);
+    void *x = make(all, elements, narrow), *grad_x = make(all, elements, narrow);
+    float *residual = make(all, elements, 0), *sum = make(all, elements, 0), *y = make(all, elements, 0);
+    float *moments = make(all, 2 * rows, 0), *grad_residual = make(all, elements, 0);
+    float *grad_affine = make(all, 2 * blocks * width, 0);
+    largebatch_add_norm(rows, width, narrow, keys, site, kept, 1.25f, 1e-6f, x, residual, weight, bias, sum, moments, y,
+                        num_threads);
+    largebatch_add_norm_backward(rows, width, narrow, keys, site, kept, 1.25f, weight, sum, moments, y, grad_x,
+                                 grad_residual, grad_affine, num_threads);
+}
+
+int main(int argc, char **argv) {
+    if (argc != 3) return 2;
+    const uint64_t first = strtoull(argv[1], 0, 10);
+    const int num_rounds = atoi(argv[2]);
+    for (int round = 0; round < num_rounds; round++) {
+        void (*const work)(struct tensors *, int) = round % 2 ? attend : add_and_normalize;
+        struct tensors done[2] = {0};
+        for (int time = 0; time < 2; time++) {
+            seed = first * 1000003 + (uint64_t)round;
+            draw(2);
+            const int is_baseline = !draw(3);
+            largebatch_choose(is_baseline ? "baseline" : time ? 0 : "avx2");
+            work(&done[time], time ? 1 + round % 4 : 1);
+        }
+        for (int i = 0; i < done[0].num; i++) {
+            if (memcmp(done[0].memory[i], done[1].memory[i], done[0].sizes[i])) {
+                fprintf(stderr, "round %d: tensor %d differs\n", round, i);
+                return 1;
+            }
+            free(done[0].memory[i]);
+            free(done[1].memory[i]);
+        }
+    }
+    return 0;
+}

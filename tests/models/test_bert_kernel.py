@@ -1,0 +1,218 @@
+"""The C kernel of BERT against torch's operations: the same masks to the bit, the same numbers to their rounding.
+
+Guards against a kernel that drops other elements than its reference, that errs at the end of a row or in the lanes that
+a row does not fill, and whose results depend on the threads or the instruction set.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from largebatch import compiled
+from largebatch.models import keyed_attention as attention
+from largebatch.models import native
+from largebatch.models.add_norm import dropout_add_norm
+from largebatch.models.dropout import Dropout
+from largebatch.models.keyed_attention import OPERATIONS
+
+if native.kernel() is None:
+    pytest.skip("the CPU kernel was not compiled when largebatch was installed", allow_module_level=True)
+KERNEL = native.kernel()
+
+SITE, KEEP = 7, 0.9
+# Sequences, heads, tokens: full and ragged groups of 16, a last head without a partner, one token.
+MATRICES = [(2, 12, 128), (3, 3, 37), (1, 1, 1), (2, 5, 16), (1, 2, 513), (4, 4, 15)]
+ROWS = [(200, 768), (3, 37), (65, 129), (64, 16), (130, 63)]
+# Of one rounding to the dtype: float32 sums and divides in another order, bfloat16 may round to the other neighbour.
+CLOSE = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    compiled.choose(KERNEL.library, os.environ.get(compiled.ISA_VARIABLE))
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> str:
+    if compiled.choose(KERNEL.library, request.param) != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    return str(request.param)
+
+
+def keys_of(*shape: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+
+
+def softmax_both_ways(work: object, shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Return the signed probabilities, the dropped ones, the gradient of the scores, and the dropped ones again."""
+    torch.manual_seed(1)
+    count, heads, length = shape
+    scores = (torch.randn(count, heads, length, length) * 3).to(dtype)
+    grads = torch.randn(scores.shape).to(dtype)
+    dropped = work.softmax(scores, keys_of(count, length), SITE, KEEP)
+    probs = scores.view(-1, length, length)
+    again = work.softmax_backward(grads.view_as(probs), probs)
+    return [scores, dropped, grads, again.view_as(dropped)]
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", MATRICES)
+def test_softmax(isa: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    ours, reference = (softmax_both_ways(work, shape, dtype) for work in (KERNEL, OPERATIONS))
+    assert torch.equal(ours[0].signbit(), reference[0].signbit())
+    for one, other in zip(ours, reference, strict=True):
+        bound = CLOSE[dtype] * other.float().abs()
+        if one is ours[2]:  # a difference of gradients, each off by the probabilities' error
+            bound = CLOSE[dtype] * (other.float().abs() + 8 * reference[0].float().abs())
+        assert ((one.float() - other.float()).abs() <= bound).all()
+    assert torch.equal(ours[1], ours[3])
+    sums = ours[0].float().abs().sum(-1)
+    assert (sums - 1).abs().max() < CLOSE[dtype]
+
+
+def test_the_signs_are_the_masks() -> None:
+    probs, dropped, *_ = softmax_both_ways(KERNEL, (8, 4, 128), torch.float32)
+    assert torch.equal(dropped, probs.clamp(min=0))
+    assert probs.signbit().double().mean().item() == pytest.approx(0.1, abs=5 * (0.09 / probs.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_what_is_not_finite_stays_in_its_row(isa: str, dtype: torch.dtype) -> None:
+    bad = {0: torch.nan, 1: torch.inf, 2: -torch.inf, 3: 1e30, 4: -1e30}
+    for length in (20, 32):
+        scores = torch.zeros(1, 1, length, length, dtype=dtype)
+        for row, value in bad.items():
+            scores[..., row, length - 3] = value
+        expected = scores.softmax(-1)
+        KERNEL.softmax(scores, keys_of(1, length), SITE, KEEP)
+        torch.testing.assert_close(scores.abs(), expected, rtol=CLOSE[dtype], atol=0, equal_nan=True)
+
+
+def test_the_exponential() -> None:
+    """Against float64, over all that a difference from the largest score can be."""
+    scores = torch.linspace(-100, 0, 4096).repeat(1, 1, 1, 1)
+    rows = torch.cat([scores, torch.full((1, 1, 4095, 4096), -1.0)], 2)
+    expected = rows[0, 0, 0].double().softmax(-1)
+    KERNEL.softmax(rows, keys_of(1, 4096), SITE, KEEP)
+    error = (rows[0, 0, 0].abs().double() - expected).abs()
+    assert (error <= 4 * 2**-23 * expected + 1e-38).all()
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("scale", [1.0, 0.125, 1.1])
+def test_heads(isa: str, dtype: torch.dtype, scale: float) -> None:
+    for count, heads, length, width in ((2, 12, 128, 64), (3, 3, 37, 16), (1, 1, 1, 8), (2, 5, 16, 10)):
+        rows = torch.randn(count * length, 2 * heads * width).to(dtype)[:, : heads * width]  # that lie apart
+        chunk = (count, length)
+        ours, reference = (work.split(rows, chunk, heads, scale) for work in (KERNEL, OPERATIONS))
+        assert torch.equal(ours, reference)
+        joined, expected = torch.zeros(2, count * length, 2 * heads * width).to(dtype).unbind()
+        KERNEL.join(ours, joined[:, : heads * width], chunk, heads, scale)
+        OPERATIONS.join(ours, expected[:, : heads * width], chunk, heads, scale)
+        assert torch.equal(joined, expected)
+
+
+def add_norm(shape: tuple[int, int], dtype: torch.dtype, prob: float, exact: bool) -> list[Tensor]:
+    """Return the output and all gradients, by torch in float64 where they are to be exact."""
+    torch.manual_seed(1)
+    rows, residual, grad = torch.randn(shape).to(dtype), torch.randn(shape), torch.randn(shape)
+    norm, dropout = nn.LayerNorm(shape[1], eps=1e-12), Dropout(prob).train()
+    dropout.site = SITE
+    for part in norm.parameters():
+        nn.init.normal_(part)
+    keys = keys_of(shape[0])
+    if exact:
+        rows, residual, grad, norm = rows.double(), residual.double(), grad.double(), norm.double()
+    leaves = [rows.requires_grad_(), residual.requires_grad_(), *norm.parameters()]
+    normed = dropout_add_norm(rows, residual, dropout, norm, keys)
+    assert ("AddNorm" in normed.grad_fn.name()) is not exact
+    return [normed.detach(), *torch.autograd.grad(normed, leaves, grad)]
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("prob", [0.0, 0.1, 0.5])
+def test_add_norm(isa: str, dtype: torch.dtype, shape: tuple[int, int], prob: float) -> None:
+    ours, exact = (add_norm(shape, dtype, prob, each) for each in (False, True))
+    assert [each.dtype for each in ours] == [torch.float32, dtype, *[torch.float32] * 3]
+    for one, other in zip(ours, exact, strict=True):
+        close = 2**-8 if one.dtype is torch.bfloat16 else 0
+        assert ((one.double() - other).abs() <= close * other.abs() + 1e-6 * other.abs().max()).all()
+    dropped = ours[1] == 0
+    assert torch.equal(dropped, exact[1] == 0)
+    assert dropped.any() == (prob > 0)
+
+
+def everything(dtype: torch.dtype) -> list[Tensor]:
+    return [*softmax_both_ways(KERNEL, (3, 3, 67), dtype), *add_norm((300, 129), dtype, 0.1, exact=False)]
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_threads_and_instruction_sets_change_no_bit(dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    alone = everything(dtype)
+    torch.set_num_threads(3)
+    together = everything(dtype)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    if compiled.choose(KERNEL.library, "avx512") == "avx512":
+        compiled.choose(KERNEL.library, "avx2")
+        assert all(torch.equal(one, other) for one, other in zip(alone, everything(dtype), strict=True))
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_attention(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole of it and its gradients, in chunks, against float64."""
+    monkeypatch.setattr(attention, "CHUNK", 3 * 2 * 9**2)
+    blocks, heads, width = [(1, 4), (5, 9), (1, 17)], 3, 8
+    torch.manual_seed(1)
+    inputs = torch.randn(3, 4 + 45 + 17, heads * width).to(dtype)
+    keys, seen = keys_of(inputs.shape[1]), []
+    for precision in (dtype, torch.float64):
+        leaves = [each.to(precision).requires_grad_() for each in inputs]
+        context = attention.keyed_attention(*leaves, heads, blocks, keys, SITE, 0.3)
+        assert (context.grad_fn.work is KERNEL) is (precision is dtype)
+        seen.append([context, *torch.autograd.grad(context.double().square().sum(), leaves)])
+    for one, other in zip(*seen, strict=True):
+        assert (one.double() - other).norm() < (0.02 if dtype is torch.bfloat16 else 1e-6) * other.norm()
+
+
+def test_what_it_does_not_take_is_left_to_torch() -> None:
+    rows, norm = torch.ones(2, 4), nn.LayerNorm(4)
+    assert KERNEL.takes_attention(rows, 4096)
+    assert KERNEL.takes_norm(rows, rows, norm.weight, norm.bias)
+    assert not KERNEL.takes_attention(rows, 4097)
+    for other in (rows.half(), rows.double(), rows.to("meta")):
+        assert not KERNEL.takes_attention(other, 4)
+        assert not KERNEL.takes_norm(other, rows, norm.weight, norm.bias)
+    assert not KERNEL.takes_norm(rows, rows.bfloat16(), norm.weight, norm.bias)
+    assert not KERNEL.takes_norm(rows, rows, norm.weight, None)
+
+
+def test_a_missing_library_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make_norm: Callable[[], Tensor]
+) -> None:
+    def missing(folder: object) -> None:
+        raise ImportError("not compiled")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(compiled, "load", missing)
+        native.kernel.cache_clear()
+        names = [make_norm().grad_fn.name() for _ in range(3)]
+    native.kernel.cache_clear()
+    assert names == ["NativeLayerNormBackward0"] * 3
+    (record,) = caplog.records
+    assert record.getMessage() == "BERT on the CPU runs on torch operations, more slowly: not compiled"
+    assert make_norm().grad_fn.name() == "_AddNormBackward"
+
+
+@pytest.fixture
+def make_norm() -> Callable[[], Tensor]:
+    rows, norm, dropout = torch.ones(2, 4), nn.LayerNorm(4), Dropout(0.1).train()
+    return lambda: dropout_add_norm(rows, rows, dropout, norm, keys_of(2))
