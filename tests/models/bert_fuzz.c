@@ -25,6 +25,9 @@ void largebatch_add_norm_backward(int64_t rows, int64_t width, int narrow, const
                                   int kept, float scale, const float *weight, const float *sum, const float *moments,
                                   const float *grad_y, void *grad_x, float *grad_residual, float *grad_affine,
                                   int num_threads);
+void largebatch_loss(int64_t rows, int64_t classes, int narrow, void *products, const float *bias,
+                     const int64_t *labels, float *losses, uint8_t *right, float *grad_bias, int num_threads);
+int largebatch_loss_rows(void);
 
 enum { TENSORS = 12 };
 
@@ -98,19 +101,32 @@ static void add_and_normalize(struct tensors *all, int num_threads) {
                                  grad_residual, grad_affine, num_threads);
 }
 
+static void predict(struct tensors *all, int num_threads) {
+    const int64_t rows = 1 + draw(100), classes = 1 + draw(300);
+    const int64_t blocks = (rows + largebatch_loss_rows() - 1) / largebatch_loss_rows();
+    const int narrow = (int)draw(2);
+    int64_t *labels = make(all, 2 * rows, 0);
+    for (int64_t i = 0; i < rows; i++) labels[i] = draw((uint32_t)classes);
+    void *products = make(all, rows * classes, narrow);
+    const float *bias = make(all, classes, 0);
+    float *losses = make(all, rows, 0), *grad_bias = draw(3) ? make(all, blocks * classes, 0) : 0;
+    uint8_t *right = make(all, rows, 0);
+    largebatch_loss(rows, classes, narrow, products, bias, labels, losses, right, grad_bias, num_threads);
+}
+
 int main(int argc, char **argv) {
     if (argc != 3) return 2;
     const uint64_t first = strtoull(argv[1], 0, 10);
     const int num_rounds = atoi(argv[2]);
     for (int round = 0; round < num_rounds; round++) {
-        void (*const work)(struct tensors *, int) = round % 2 ? attend : add_and_normalize;
+        void (*const works[])(struct tensors *, int) = {attend, add_and_normalize, predict};
         struct tensors done[2] = {0};
         for (int time = 0; time < 2; time++) {
             seed = first * 1000003 + (uint64_t)round;
             draw(2);
             const int is_baseline = !draw(3);
             largebatch_choose(is_baseline ? "baseline" : time ? 0 : "avx2");
-            work(&done[time], time ? 1 + round % 4 : 1);
+            works[round % 3](&done[time], time ? 1 + round % 4 : 1);
         }
         for (int i = 0; i < done[0].num; i++) {
             if (memcmp(done[0].memory[i], done[1].memory[i], done[0].sizes[i])) {

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from largebatch import compiled
+from largebatch.models import cross_entropy, native
 from largebatch.models import keyed_attention as attention
-from largebatch.models import native
 from largebatch.models.add_norm import dropout_add_norm
 from largebatch.models.dropout import Dropout
 from largebatch.models.keyed_attention import OPERATIONS
@@ -150,8 +150,43 @@ def test_add_norm(isa: str, dtype: torch.dtype, shape: tuple[int, int], prob: fl
     assert dropped.any() == (prob > 0)
 
 
+def losses_both_ways(loss: Callable, rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
+    """Return loss, count, the bias's gradient and the products'; every other label is right."""
+    torch.manual_seed(1)
+    products, bias = (torch.randn(rows, classes) * 2).to(dtype), torch.randn(classes)
+    labels = torch.randint(0, classes, (rows,))
+    labels[::2] = (products + bias).argmax(-1)[::2]
+    without = loss(products.clone(), bias, labels, False)
+    results = [*loss(products, bias, labels, True), products]
+    assert all(torch.equal(one, other) for one, other in zip(results[:2], without[:2], strict=True))
+    return results
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(("rows", "classes"), [(70, 1000), (5, 37), (1, 1), (16, 16), (33, 4097)])
+def test_loss(isa: str, dtype: torch.dtype, rows: int, classes: int) -> None:
+    ours, reference = (losses_both_ways(loss, rows, classes, dtype) for loss in (KERNEL.loss, cross_entropy.loss))
+    torch.testing.assert_close(ours[0], reference[0], rtol=1e-6, atol=1e-6)
+    assert int(ours[1]) == int(reference[1]) >= (rows + 1) // 2
+    torch.testing.assert_close(ours[2], reference[2], rtol=1e-5, atol=1e-6)
+    # The label's own is a difference from 1, and off by a rounding of that.
+    bound = CLOSE[dtype] * (reference[3].float().abs() + (reference[3] < 0) * 2**-7)
+    assert ((ours[3].float() - reference[3].float()).abs() <= bound + 1e-7).all()
+
+
+def test_a_loss_that_is_not_finite_is_not_hidden(isa: str) -> None:
+    for value in (torch.nan, torch.inf):
+        products = torch.zeros(3, 20)
+        products[1, 18] = value
+        loss, _, of_bias = KERNEL.loss(products, torch.zeros(20), torch.tensor([1, 1, 1]), True)
+        assert loss.isnan()
+        assert of_bias.isnan().any()
+        assert products[[0, 2]].isfinite().all()
+
+
 def everything(dtype: torch.dtype) -> list[Tensor]:
-    return [*softmax_both_ways(KERNEL, (3, 3, 67), dtype), *add_norm((300, 129), dtype, 0.1, exact=False)]
+    some_losses = losses_both_ways(KERNEL.loss, 70, 1000, dtype)
+    return [*softmax_both_ways(KERNEL, (3, 3, 67), dtype), *add_norm((300, 129), dtype, 0.1, exact=False), *some_losses]
 
 
 @pytest.mark.parametrize("dtype", CLOSE)

@@ -7,12 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from largebatch.models import BertConfig, BertForPreTraining, cross_entropy, pretraining_loss
+from largebatch.models import BertConfig, BertForPreTraining, cross_entropy, native, pretraining_loss
 from largebatch.models.cross_entropy import linear_cross_entropy
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["kernel", "operations"])
+def _both_ways_in_small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "operations":
+        monkeypatch.setattr(native, "kernel", lambda: None)
+    elif native.kernel() is None:
+        pytest.skip("the CPU kernel was not compiled when largebatch was installed")
     monkeypatch.setattr(cross_entropy, "CPU_LOGITS", 7 * 50)  # 7 rows of 50 classes
     monkeypatch.setattr(cross_entropy, "CPU_BLOCK", 3 * 50)
 
@@ -81,6 +85,14 @@ def test_only_what_is_asked_for_has_a_gradient() -> None:
     linear_cross_entropy(*inputs, labels)[0].backward()
     assert inputs[1].grad is None
     assert inputs[0].grad is not None
+
+
+@pytest.mark.parametrize("label", [-1, 50])
+def test_a_label_that_is_no_class_is_an_error(label: int) -> None:
+    inputs, labels = draw(20)
+    labels[13] = label
+    with pytest.raises((IndexError, RuntimeError), match=r"outside 0\.\.49|out of bounds"):
+        linear_cross_entropy(*inputs, labels)
 
 
 @pytest.mark.parametrize("masked", [True, False])

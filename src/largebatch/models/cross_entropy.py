@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import native
+
 # Logits that exist at a time, in the dtype of the product.
 CPU_LOGITS = 1 << 24
 LOGITS = 1 << 27
@@ -19,21 +21,58 @@ CPU_BLOCK = 1 << 20
 BLOCK = 1 << 24
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Chunk by chunk of rows: logits, loss, and since the sum's gradient is known then, all gradients at once.
+def loss(products: Tensor, bias: Tensor, labels: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the logits products + bias, by torch's operations, a block of rows in float32 at a time.
 
-    The logits of a chunk are widened a block of rows at a time, and make room for their own gradients.
+    Args:
+        products: [N, V]; where gradients are wanted these come in their place.
+        bias: [V] float32.
+        labels: [N] int64.
+        wants_grad: whether they are.
+
+    Returns:
+        The summed loss, how many of the largest logits are right, and the gradient of the bias [V] if it is wanted.
     """
+    total, right = bias.new_zeros(()), torch.zeros((), dtype=torch.int64, device=bias.device)
+    of_bias = torch.zeros_like(bias)
+    block = max(1, (CPU_BLOCK if bias.device.type == "cpu" else BLOCK) // len(bias))
+    for some, answers in zip(products.split(block), labels[:, None].split(block), strict=True):
+        logits = some + bias
+        largest, of_answers = logits.amax(-1, keepdim=True), logits.gather(-1, answers)
+        right += _wins(logits, largest, of_answers, answers)
+        probs = logits.softmax(-1)
+        # The largest probability is 1/V or more, whose logarithm is exact; that of the answer may be 0.
+        total += (largest - probs.amax(-1, keepdim=True).log() - of_answers).sum()
+        if wants_grad:
+            probs.scatter_add_(-1, answers, probs.new_full((), -1.0).expand(answers.shape))
+            of_bias += probs.sum(0)
+            some.copy_(probs)
+        del logits, probs  # before the next ones are made
+    return total, right, of_bias
+
+
+def _wins(logits: Tensor, largest: Tensor, of_answers: Tensor, answers: Tensor) -> Tensor:
+    """Count the rows in which the answer [N, 1] has the largest logit; of several largest the first wins."""
+    if logits.device.type != "cpu":
+        return (logits.argmax(-1, keepdim=True) == answers).sum()
+    hits = (of_answers == largest).squeeze(1)  # a CPU's argmax takes many times amax's time
+    return (logits[hits].argmax(-1) == answers[hits, 0]).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Chunk by chunk of rows: logits, loss, and since the sum's gradient is known then, all gradients at once."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int, block: int
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
         ctx.inputs = rows.dtype, weight.dtype, bias.dtype
         wants_grad = any(ctx.needs_input_grad[:3])
-        loss, right = rows.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.int64, device=rows.device)
+        kernel = native.kernel() if device == "cpu" else None
+        loss_of = kernel.loss if kernel is not None and kernel.takes_logits(rows, dtype) else loss
+        total, right = rows.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.int64, device=rows.device)
         if wants_grad:
             grad_rows = torch.empty(rows.shape, dtype=dtype, device=rows.device)
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=rows.device)
@@ -43,22 +82,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(rows), chunk):
                 part = rows[start : start + chunk].to(dtype)
                 products = part @ narrow.t()
-                for some, answers in zip(
-                    products.split(block), labels[start : start + chunk, None].split(block), strict=True
-                ):
-                    logits = some + bias
-                    largest, of_answers = logits.amax(-1, keepdim=True), logits.gather(-1, answers)
-                    right += _wins(logits, largest, of_answers, answers)
-                    probs = logits.softmax(-1)
-                    # The largest probability is 1/V or more, whose logarithm is exact; that of the answer may be 0.
-                    loss += (largest - probs.amax(-1, keepdim=True).log() - of_answers).sum()
-                    if wants_grad:
-                        probs.scatter_add_(-1, answers, probs.new_full((), -1.0).expand(answers.shape))
-                        grad_bias += probs.sum(0)
-                        some.copy_(probs)
-                    del logits, probs  # before the next ones are made
+                of_part, right_of_part, of_bias = loss_of(products, bias, labels[start : start + chunk], wants_grad)
+                total += of_part
+                right += right_of_part
                 if not wants_grad:
                     continue
+                grad_bias += of_bias
                 torch.mm(products, narrow, out=grad_rows[start : start + chunk])
                 if dtype is torch.float32:
                     torch.addmm(grad_weight, products.t(), part, out=grad_weight)
@@ -67,21 +96,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_grad:
             ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.mark_non_differentiable(right)
-        return loss, right
+        return total, right
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         of_inputs = zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
-        return *((saved * grad).to(dtype) if needed else None for saved, dtype, needed in of_inputs), None, None, None
-
-
-def _wins(logits: Tensor, largest: Tensor, of_answers: Tensor, answers: Tensor) -> Tensor:
-    """Count the rows in which the answer [N, 1] has the largest logit; of several largest the first wins."""
-    if logits.device.type != "cpu":
-        return (logits.argmax(-1, keepdim=True) == answers).sum()
-    hits = (of_answers == largest).squeeze(1)  # a CPU's argmax takes many times amax's time
-    return (logits[hits].argmax(-1) == answers[hits, 0]).sum()
+        return *((saved * grad).to(dtype) if needed else None for saved, dtype, needed in of_inputs), None, None
 
 
 def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +124,5 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Ten
     on_cpu = rows.device.type == "cpu"
     num_chunks = max(1, math.ceil(len(rows) * len(weight) / (CPU_LOGITS if on_cpu else LOGITS)))
     chunk = max(1, math.ceil(len(rows) / num_chunks))
-    block = max(1, (CPU_BLOCK if on_cpu else BLOCK) // len(weight))
-    result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(rows, weight, bias, labels, chunk, block)
+    result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(rows, weight, bias, labels, chunk)
     return result

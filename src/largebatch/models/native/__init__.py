@@ -1,8 +1,8 @@
 """The CPU kernel of BERT, in C: what lies between its matrix products, each in one pass over memory.
 
-setup.py compiles it when the package is installed. attention.c and norm.c have the arithmetic, calls.c the division
-among threads. The same bits come out on any number of threads. Where it is missing, and for what it does not take,
-torch's operations do the same.
+setup.py compiles it when the package is installed. attention.c, norm.c and loss.c have the arithmetic, calls.c the
+division among threads. The same bits come out on any number of threads. Where it is missing, and for what it does not
+take, torch's operations do the same.
 """
 
 import ctypes
@@ -26,6 +26,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "heads": [_INT] + [_LONG] * 5 + [_INT, _FLOAT] + [_ADDRESS] * 2 + [_INT],
     "add_norm": [_LONG] * 2 + [_INT, *_MASK] + [_FLOAT] * 2 + [_ADDRESS] * 7 + [_INT],
     "add_norm_backward": [_LONG] * 2 + [_INT, *_MASK] + [_FLOAT] + [_ADDRESS] * 7 + [_INT],
+    "loss": [_LONG] * 2 + [_INT] + [_ADDRESS] * 6 + [_INT],
 }
 
 
@@ -42,6 +43,7 @@ class Kernel:
         self.library = library
         self.max_length: int = library.largebatch_max_length()
         self.norm_rows: int = library.largebatch_norm_rows()
+        self.loss_rows: int = library.largebatch_loss_rows()
 
     def takes_attention(self, rows: Tensor, longest: int) -> bool:
         """Say whether it can do the attention of such rows."""
@@ -52,6 +54,10 @@ class Kernel:
         if not _is_plain(rows) or _is_narrow(rows.dtype) is None:
             return False
         return all(each is not None and _is_plain(each) and each.dtype is torch.float32 for each in others)
+
+    def takes_logits(self, rows: Tensor, dtype: torch.dtype) -> bool:
+        """Say whether it can do the cross-entropy of logits of this dtype, made of such rows."""
+        return _is_plain(rows) and _is_narrow(dtype) is not None
 
     def softmax(self, scores: Tensor, keys: Tensor, site: int, keep_prob: float) -> Tensor:
         """See `Operations.softmax`."""
@@ -165,6 +171,23 @@ class Kernel:
             torch.get_num_threads(),
         )
         return of_rows, of_residual, *of_affine.sum(0)
+
+    def loss(self, products: Tensor, bias: Tensor, labels: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """See `cross_entropy.loss`."""
+        num_rows, num_classes = products.shape
+        if num_rows and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise IndexError(f"labels: from {int(labels.min())} to {int(labels.max())}, outside 0..{num_classes - 1}")
+        losses, right = bias.new_empty(num_rows), torch.empty(num_rows, dtype=torch.uint8)
+        of_bias = bias.new_empty(-(-num_rows // self.loss_rows) if wants_grad else 0, num_classes)
+        self.library.largebatch_loss(
+            num_rows,
+            num_classes,
+            _is_narrow(products.dtype),
+            *(each.data_ptr() for each in (products, bias, labels.contiguous(), losses, right)),
+            of_bias.data_ptr() if wants_grad else None,
+            torch.get_num_threads(),
+        )
+        return losses.sum(), right.sum(), of_bias.sum(0)
 
 
 def _of_dropout(prob: float) -> tuple[int, float]:

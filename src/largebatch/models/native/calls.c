@@ -12,6 +12,7 @@ enum { WORTH_A_TEAM = 1 << 14 };
 
 static const struct attention_kernel *const attention[] = VARIANTS(attention);
 static const struct norm_kernel *const norm[] = VARIANTS(norm);
+static const struct loss_kernel *const loss[] = VARIANTS(loss);
 
 struct job {
     task task;
@@ -74,4 +75,13 @@ EXPORTED void largebatch_add_norm_backward(int64_t rows, int64_t width, int narr
                            .grad_y = grad_y, .grad_x = grad_x, .grad_residual = grad_residual,
                            .grad_affine = grad_affine};
     share(norm[chosen_isa]->backward, &n, (rows + NORM_ROWS - 1) / NORM_ROWS, rows * width, num_threads);
+}
+
+EXPORTED int largebatch_loss_rows(void) { return LOSS_ROWS; }
+
+EXPORTED void largebatch_loss(int64_t rows, int64_t classes, int narrow, void *products, const float *bias,
+                              const int64_t *labels, float *losses, uint8_t *right, float *grad_bias, int num_threads) {
+    const struct loss l = {.rows = rows, .classes = classes, .narrow = narrow, .products = products, .bias = bias,
+                           .labels = labels, .losses = losses, .right = right, .grad_bias = grad_bias};
+    share(loss[chosen_isa]->loss, &l, (rows + LOSS_ROWS - 1) / LOSS_ROWS, rows * classes, num_threads);
 }

@@ -48,10 +48,25 @@ struct add_norm {
 
 enum { NORM_ROWS = 64 };
 
+/* Cross-entropy of logits products + bias, [rows, classes], for each row's label. The products are float32, or bfloat16
+ * where `narrow`; in their place come the gradients of the sum of all losses. */
+struct loss {
+    int64_t rows, classes;
+    int32_t narrow;
+    void *products;
+    const float *bias;
+    const int64_t *labels;
+    float *losses;
+    uint8_t *right;   /* whether the label has the first of the largest logits */
+    float *grad_bias; /* [blocks of LOSS_ROWS rows, classes]: their sums; or null, where no gradients are wanted */
+};
+
+enum { LOSS_ROWS = 16 };
+
 /* Each does items `first` up to `last` of its work. */
 typedef void (*task)(const void *work, int64_t first, int64_t last);
 
-/* attention.c and norm.c, compiled once for each instruction set. */
+/* attention.c, norm.c and loss.c, compiled once for each instruction set. */
 struct attention_kernel {
     task softmax;          /* of a sequence, a pair of heads */
     task softmax_backward; /* a row of a matrix */
@@ -63,7 +78,12 @@ struct norm_kernel {
     task backward; /* a block of NORM_ROWS rows */
 };
 
+struct loss_kernel {
+    task loss; /* a block of LOSS_ROWS rows */
+};
+
 extern const struct attention_kernel attention_baseline, attention_avx2, attention_avx512;
 extern const struct norm_kernel norm_baseline, norm_avx2, norm_avx512;
+extern const struct loss_kernel loss_baseline, loss_avx2, loss_avx512;
 
 #endif

@@ -122,6 +122,24 @@ INLINE float largest_of(const floats a[VECTORS]) {
     return lanes[0];
 }
 
+/* e^x for x <= 0, to 2 units in the last place; 0 below -87. */
+INLINE floats exponential(floats x) {
+    const words tiny = (words)(x < -87.0f);
+    x = (floats)((words)x & ~tiny);
+    const floats magic = broadcast(12582912.0f), shifted = scale_add(1.44269504088896341f, x, magic);
+    const floats n = shifted - magic; /* x / ln 2, to the nearest integer, which the lower bits of `shifted` hold */
+    floats r = scale_add(-0.693359375f, n, x);
+    r = scale_add(2.12194440e-4f, n, r);
+    floats p = scale_add(1.9875691500e-4f, r, broadcast(1.3981999507e-3f));
+    p = multiply_add(p, r, broadcast(8.3334519073e-3f));
+    p = multiply_add(p, r, broadcast(4.1665795894e-2f));
+    p = multiply_add(p, r, broadcast(1.6666665459e-1f));
+    p = multiply_add(p, r, broadcast(5.0000001201e-1f));
+    p = multiply_add(p, r * r, r) + 1.0f;
+    const floats power = (floats)(((words)shifted << 23) + 0x3f800000u);
+    return where(~tiny, p * power);
+}
+
 /* ---- dropout by keys: the same hash as in dropout.py ---- */
 
 #define SIGN 0x80000000u
