@@ -80,7 +80,7 @@ class PlatformWheel(bdist_wheel):
 
 libraries = [
     Library(OPTIM, {"kernel.c": "largebatch"}, ["step.c"]),
-    Library(MODELS, {f"{name}.c": name for name in ("attention", "norm", "loss")}, ["calls.c"]),
+    Library(MODELS, {f"{name}.c": name for name in ("attention", "norm", "gelu", "loss")}, ["calls.c"]),
 ]
 commands: dict[str, Any] = {"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel}
 setup(ext_modules=libraries if sys.platform in ("linux", "darwin") else [], cmdclass=commands)

@@ -19,17 +19,21 @@ void largebatch_softmax_backward(int64_t rows, int64_t length, int narrow, void 
 void largebatch_heads(int joins, int64_t count, int64_t heads, int64_t length, int64_t width, int64_t stride,
                       int narrow, float scale, void *rows, void *by_head, int num_threads);
 void largebatch_add_norm(int64_t rows, int64_t width, int narrow, const int32_t *keys, uint32_t site, int kept,
-                         float scale, float eps, const void *x, const float *residual, const float *weight,
-                         const float *bias, float *sum, float *moments, float *y, int num_threads);
+                         float scale, float eps, const void *x, const float *x_bias, const float *residual,
+                         const float *weight, const float *bias, float *sum, float *moments, float *y, int num_threads);
 void largebatch_add_norm_backward(int64_t rows, int64_t width, int narrow, const int32_t *keys, uint32_t site,
                                   int kept, float scale, const float *weight, const float *sum, const float *moments,
-                                  const float *grad_y, void *grad_x, float *grad_residual, float *grad_affine,
+                                  const float *grad_y, void *grad_x, float *grad_residual, float *grad_params,
                                   int num_threads);
+void largebatch_gelu(int64_t rows, int64_t width, const void *x, const float *bias, void *y, int num_threads);
+void largebatch_gelu_backward(int64_t rows, int64_t width, const void *x, const float *bias, const void *grad_y,
+                              void *grad_x, float *grad_bias, int num_threads);
+int largebatch_gelu_rows(void);
 void largebatch_loss(int64_t rows, int64_t classes, int narrow, void *products, const float *bias,
                      const int64_t *labels, float *losses, uint8_t *right, float *grad_bias, int num_threads);
 int largebatch_loss_rows(void);
 
-enum { TENSORS = 12 };
+enum { TENSORS = 13 };
 
 static uint64_t seed;
 
@@ -94,11 +98,23 @@ static void add_and_normalize(struct tensors *all, int num_threads) {
     void *x = make(all, elements, narrow), *grad_x = make(all, elements, narrow);
     float *residual = make(all, elements, 0), *sum = make(all, elements, 0), *y = make(all, elements, 0);
     float *moments = make(all, 2 * rows, 0), *grad_residual = make(all, elements, 0);
-    float *grad_affine = make(all, 2 * blocks * width, 0);
-    largebatch_add_norm(rows, width, narrow, keys, site, kept, 1.25f, 1e-6f, x, residual, weight, bias, sum, moments, y,
-                        num_threads);
+    float *grad_params = make(all, 3 * blocks * width, 0);
+    const float *x_bias = make(all, width, 0);
+    largebatch_add_norm(rows, width, narrow, keys, site, kept, 1.25f, 1e-6f, x, x_bias, residual, weight, bias, sum,
+                        moments, y, num_threads);
     largebatch_add_norm_backward(rows, width, narrow, keys, site, kept, 1.25f, weight, sum, moments, y, grad_x,
-                                 grad_residual, grad_affine, num_threads);
+                                 grad_residual, grad_params, num_threads);
+}
+
+static void activate(struct tensors *all, int num_threads) {
+    const int64_t rows = 1 + draw(300), width = 1 + draw(100);
+    const int64_t blocks = (rows + largebatch_gelu_rows() - 1) / largebatch_gelu_rows();
+    const void *x = make(all, rows * width, 1), *grad_y = make(all, rows * width, 1);
+    const float *bias = make(all, width, 0);
+    void *y = make(all, rows * width, 1), *grad_x = make(all, rows * width, 1);
+    float *grad_bias = make(all, blocks * width, 0);
+    largebatch_gelu(rows, width, x, bias, y, num_threads);
+    largebatch_gelu_backward(rows, width, x, bias, grad_y, grad_x, grad_bias, num_threads);
 }
 
 static void predict(struct tensors *all, int num_threads) {
@@ -119,14 +135,14 @@ int main(int argc, char **argv) {
     const uint64_t first = strtoull(argv[1], 0, 10);
     const int num_rounds = atoi(argv[2]);
     for (int round = 0; round < num_rounds; round++) {
-        void (*const works[])(struct tensors *, int) = {attend, add_and_normalize, predict};
+        void (*const works[])(struct tensors *, int) = {attend, add_and_normalize, activate, predict};
         struct tensors done[2] = {0};
         for (int time = 0; time < 2; time++) {
             seed = first * 1000003 + (uint64_t)round;
             draw(2);
             const int is_baseline = !draw(3);
             largebatch_choose(is_baseline ? "baseline" : time ? 0 : "avx2");
-            works[round % 3](&done[time], time ? 1 + round % 4 : 1);
+            works[round % 4](&done[time], time ? 1 + round % 4 : 1);
         }
         for (int i = 0; i < done[0].num; i++) {
             if (memcmp(done[0].memory[i], done[1].memory[i], done[0].sizes[i])) {

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from largebatch import compiled
 from largebatch.models import cross_entropy, native
 from largebatch.models import keyed_attention as attention
-from largebatch.models.add_norm import dropout_add_norm
+from largebatch.models.dense import dense_activation, dense_dropout_add_norm
 from largebatch.models.dropout import Dropout
 from largebatch.models.keyed_attention import OPERATIONS
 
@@ -119,19 +120,33 @@ def test_heads(isa: str, dtype: torch.dtype, scale: float) -> None:
         assert torch.equal(joined, expected)
 
 
+def identity(width: int) -> nn.Linear:
+    """A layer whose products are its rows, so that a test can choose them; its bias is random."""
+    dense = nn.Linear(width, width)
+    nn.init.eye_(dense.weight).requires_grad_(False)
+    nn.init.normal_(dense.bias)
+    return dense
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
 def add_norm(shape: tuple[int, int], dtype: torch.dtype, prob: float, exact: bool) -> list[Tensor]:
     """Return the output and all gradients, by torch in float64 where they are to be exact."""
     torch.manual_seed(1)
     rows, residual, grad = torch.randn(shape).to(dtype), torch.randn(shape), torch.randn(shape)
-    norm, dropout = nn.LayerNorm(shape[1], eps=1e-12), Dropout(prob).train()
+    norm, dropout, dense = nn.LayerNorm(shape[1], eps=1e-12), Dropout(prob).train(), identity(shape[1])
     dropout.site = SITE
     for part in norm.parameters():
         nn.init.normal_(part)
     keys = keys_of(shape[0])
     if exact:
-        rows, residual, grad, norm = rows.double(), residual.double(), grad.double(), norm.double()
-    leaves = [rows.requires_grad_(), residual.requires_grad_(), *norm.parameters()]
-    normed = dropout_add_norm(rows, residual, dropout, norm, keys)
+        rows, residual, grad = rows.double(), residual.double(), grad.double()
+        norm.double(), dense.double()
+    leaves = [rows.requires_grad_(), dense.bias, residual.requires_grad_(), *norm.parameters()]
+    with autocast(torch.float64 if exact else dtype):
+        normed = dense_dropout_add_norm(rows, dense, residual, dropout, norm, keys)
     assert ("AddNorm" in normed.grad_fn.name()) is not exact
     return [normed.detach(), *torch.autograd.grad(normed, leaves, grad)]
 
@@ -141,13 +156,56 @@ def add_norm(shape: tuple[int, int], dtype: torch.dtype, prob: float, exact: boo
 @pytest.mark.parametrize("prob", [0.0, 0.1, 0.5])
 def test_add_norm(isa: str, dtype: torch.dtype, shape: tuple[int, int], prob: float) -> None:
     ours, exact = (add_norm(shape, dtype, prob, each) for each in (False, True))
-    assert [each.dtype for each in ours] == [torch.float32, dtype, *[torch.float32] * 3]
+    assert [each.dtype for each in ours] == [torch.float32, dtype, *[torch.float32] * 4]
     for one, other in zip(ours, exact, strict=True):
         close = 2**-8 if one.dtype is torch.bfloat16 else 0
         assert ((one.double() - other).abs() <= close * other.abs() + 1e-6 * other.abs().max()).all()
     dropped = ours[1] == 0
     assert torch.equal(dropped, exact[1] == 0)
     assert dropped.any() == (prob > 0)
+
+
+def gelu(rows: Tensor, bias: Tensor, grad: Tensor, exact: bool) -> list[Tensor]:
+    """Return GELU(rows + bias) and the gradients of both, by torch in float64 where they are to be exact."""
+    dense = identity(rows.shape[1])
+    with torch.no_grad():
+        dense.bias.copy_(bias)
+    if exact:
+        rows, grad, dense = rows.double(), grad.double(), dense.double()
+    rows = rows.clone().requires_grad_()
+    with autocast(torch.float64 if exact else torch.bfloat16):
+        activated = dense_activation(rows, dense, F.gelu)
+    assert (activated.grad_fn.name() == "_GeluBackward") is not exact
+    return [activated.detach(), *torch.autograd.grad(activated, [rows, dense.bias], grad)]
+
+
+@pytest.mark.parametrize("shape", [*ROWS, (0, 20)])
+def test_gelu(isa: str, shape: tuple[int, int]) -> None:
+    """One rounding to bfloat16, and the cubics' 1e-6 (3e-6 for the slope, which is multiplied by the gradient)."""
+    torch.manual_seed(1)
+    rows, bias, grad = (torch.randn(shape) * 3).bfloat16(), torch.randn(shape[1]), torch.randn(shape).bfloat16()
+    ours, exact = (gelu(rows, bias, grad, each) for each in (False, True))
+    assert [each.dtype for each in ours] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for one, other, error in zip(ours[:2], exact[:2], (1e-6, 3e-6 * grad.double().abs()), strict=True):
+        assert ((one.double() - other).abs() <= 2**-8 * other.abs() + error).all()
+    assert ((ours[2].double() - exact[2]).abs() <= 1e-5 * grad.double().abs().sum(0)).all()
+
+
+def test_gelu_of_every_bfloat16(isa: str) -> None:
+    """All 65,536 of them: NaN at infinities and NaN, as torch has it; x itself and 0 far out."""
+    rows = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(256, 256)
+    zeros, ones = torch.zeros(256), torch.ones(256, 256, dtype=torch.bfloat16)
+    activated, (slope, _) = KERNEL.gelu(rows, zeros), KERNEL.gelu_backward(ones, rows, zeros)
+    exact = rows.double().requires_grad_()
+    F.gelu(exact).sum().backward()
+    finite = rows.isfinite()
+    for ours, other, error in ((activated, F.gelu(exact), 1e-6), (slope, exact.grad, 3e-6)):
+        assert ((ours.double() - other)[finite].abs() <= 2**-8 * other[finite].abs() + error).all()
+        assert ours[rows.isnan()].isnan().all()
+    assert activated[rows.isinf()].isnan().all()
+    far = rows.abs() > 6
+    assert activated[far & finite].equal(rows[far & finite].clamp(min=0))
+    assert slope[far & finite].equal((rows[far & finite] > 0).bfloat16())
 
 
 def losses_both_ways(loss: Callable, rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
@@ -186,7 +244,9 @@ def test_a_loss_that_is_not_finite_is_not_hidden(isa: str) -> None:
 
 def everything(dtype: torch.dtype) -> list[Tensor]:
     some_losses = losses_both_ways(KERNEL.loss, 70, 1000, dtype)
-    return [*softmax_both_ways(KERNEL, (3, 3, 67), dtype), *add_norm((300, 129), dtype, 0.1, exact=False), *some_losses]
+    activated = gelu(torch.randn(300, 129), torch.randn(129), torch.randn(300, 129).bfloat16(), exact=False)
+    normed = add_norm((300, 129), dtype, 0.1, exact=False)
+    return [*softmax_both_ways(KERNEL, (3, 3, 67), dtype), *normed, *activated, *some_losses]
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -219,15 +279,25 @@ def test_attention(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_it_does_not_take_is_left_to_torch() -> None:
-    rows, norm = torch.ones(2, 4), nn.LayerNorm(4)
+    rows, norm, dense, dropout = torch.ones(2, 4), nn.LayerNorm(4), nn.Linear(4, 4), Dropout(0.1).train()
     assert KERNEL.takes_attention(rows, 4096)
-    assert KERNEL.takes_norm(rows, rows, norm.weight, norm.bias)
+    assert KERNEL.takes_products(rows, rows, norm.weight, norm.bias)
     assert not KERNEL.takes_attention(rows, 4097)
     for other in (rows.half(), rows.double(), rows.to("meta")):
         assert not KERNEL.takes_attention(other, 4)
-        assert not KERNEL.takes_norm(other, rows, norm.weight, norm.bias)
-    assert not KERNEL.takes_norm(rows, rows.bfloat16(), norm.weight, norm.bias)
-    assert not KERNEL.takes_norm(rows, rows, norm.weight, None)
+        assert not KERNEL.takes_products(other, rows, norm.weight, norm.bias)
+    assert not KERNEL.takes_products(rows, rows.bfloat16(), norm.weight, norm.bias)
+    assert not KERNEL.takes_products(rows, rows, norm.weight, None)
+    # In float32, of another function, without a bias, and in a layer of another kind, which may do more.
+    other_kind = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    assert dense_activation(rows, dense, F.gelu).grad_fn.name() == "GeluBackward0"
+    with autocast(torch.bfloat16):
+        assert dense_activation(rows, dense, F.gelu).grad_fn.name() == "_GeluBackward"
+        for layer, function in ((dense, F.relu), (nn.Linear(4, 4, bias=False), F.gelu), (other_kind, F.gelu)):
+            assert dense_activation(rows, layer, function).grad_fn.name() in ("GeluBackward0", "ReluBackward0")
+    for layer, is_ours in ((dense, True), (other_kind, False)):
+        normed = dense_dropout_add_norm(rows, layer, rows, dropout, norm, keys_of(2))
+        assert (normed.grad_fn.name() == "_AddNormBackward") is is_ours
 
 
 def test_a_missing_library_is_said_once(
@@ -249,5 +319,5 @@ def test_a_missing_library_is_said_once(
 
 @pytest.fixture
 def make_norm() -> Callable[[], Tensor]:
-    rows, norm, dropout = torch.ones(2, 4), nn.LayerNorm(4), Dropout(0.1).train()
-    return lambda: dropout_add_norm(rows, rows, dropout, norm, keys_of(2))
+    rows, norm, dropout, dense = torch.ones(2, 4), nn.LayerNorm(4), Dropout(0.1).train(), nn.Linear(4, 4)
+    return lambda: dense_dropout_add_norm(rows, dense, rows, dropout, norm, keys_of(2))

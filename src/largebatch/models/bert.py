@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .add_norm import dropout_add_norm
 from .config import BertConfig
+from .dense import dense_activation, dense_dropout_add_norm
 from .dropout import Dropout, number_sites
 from .layout import TokenLayout, attention
 
@@ -79,7 +79,7 @@ class BertOutput(nn.Module):
     def forward(self, rows: Tensor, residual: Tensor, row_keys: Tensor | None) -> Tensor:
         """[T, width], [T, H], [T] -> [T, H]."""
         if self.fused is None:
-            return dropout_add_norm(self.dense(rows), residual, self.dropout, self.LayerNorm, row_keys)
+            return dense_dropout_add_norm(rows, self.dense, residual, self.dropout, self.LayerNorm, row_keys)
         norm, prob = self.LayerNorm, self.dropout.p if self.training else 0.0
         return self.fused(
             self.dense(rows), residual, norm.weight, norm.bias, norm.eps, prob, row_keys, self.dropout.site
@@ -119,7 +119,7 @@ class BertIntermediate(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """[T, H] -> [T, intermediate]."""
         if self.fused is None:
-            return self.activation(self.dense(rows))
+            return dense_activation(rows, self.dense, self.activation)
         return self.fused(F.linear(rows, self.dense.weight), self.dense.bias)
 
 

@@ -67,11 +67,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
         device = rows.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        dtype = native.product_dtype(rows)
         ctx.inputs = rows.dtype, weight.dtype, bias.dtype
         wants_grad = any(ctx.needs_input_grad[:3])
         kernel = native.kernel() if device == "cpu" else None
-        loss_of = kernel.loss if kernel is not None and kernel.takes_logits(rows, dtype) else loss
+        loss_of = kernel.loss if kernel is not None and kernel.takes_products(rows) else loss
         total, right = rows.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.int64, device=rows.device)
         if wants_grad:
             grad_rows = torch.empty(rows.shape, dtype=dtype, device=rows.device)

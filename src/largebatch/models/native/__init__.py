@@ -1,7 +1,7 @@
 """The CPU kernel of BERT, in C: what lies between its matrix products, each in one pass over memory.
 
-setup.py compiles it when the package is installed. attention.c, norm.c and loss.c have the arithmetic, calls.c the
-division among threads. The same bits come out on any number of threads. Where it is missing, and for what it does not
+setup.py compiles it when the package is installed. attention.c, norm.c, gelu.c and loss.c have the arithmetic, calls.c
+the division among threads. The same bits come out on any number of threads. Where it is missing, and for what it does not
 take, torch's operations do the same.
 """
 
@@ -24,8 +24,10 @@ _SIGNATURES: dict[str, list[type]] = {
     "softmax": [_LONG] * 3 + [_INT, *_MASK] + [_ADDRESS] * 2 + [_INT],
     "softmax_backward": [_LONG] * 2 + [_INT] + [_ADDRESS] * 3 + [_INT],
     "heads": [_INT] + [_LONG] * 5 + [_INT, _FLOAT] + [_ADDRESS] * 2 + [_INT],
-    "add_norm": [_LONG] * 2 + [_INT, *_MASK] + [_FLOAT] * 2 + [_ADDRESS] * 7 + [_INT],
+    "add_norm": [_LONG] * 2 + [_INT, *_MASK] + [_FLOAT] * 2 + [_ADDRESS] * 8 + [_INT],
     "add_norm_backward": [_LONG] * 2 + [_INT, *_MASK] + [_FLOAT] + [_ADDRESS] * 7 + [_INT],
+    "gelu": [_LONG] * 2 + [_ADDRESS] * 3 + [_INT],
+    "gelu_backward": [_LONG] * 2 + [_ADDRESS] * 5 + [_INT],
     "loss": [_LONG] * 2 + [_INT] + [_ADDRESS] * 6 + [_INT],
 }
 
@@ -43,21 +45,18 @@ class Kernel:
         self.library = library
         self.max_length: int = library.largebatch_max_length()
         self.norm_rows: int = library.largebatch_norm_rows()
+        self.gelu_rows: int = library.largebatch_gelu_rows()
         self.loss_rows: int = library.largebatch_loss_rows()
 
     def takes_attention(self, rows: Tensor, longest: int) -> bool:
         """Say whether it can do the attention of such rows."""
         return _is_plain(rows) and _is_narrow(rows.dtype) is not None and longest <= self.max_length
 
-    def takes_norm(self, rows: Tensor, *others: Tensor | None) -> bool:
-        """Say whether it can add such rows to a residual and normalise them; ``others`` is all else."""
-        if not _is_plain(rows) or _is_narrow(rows.dtype) is None:
+    def takes_products(self, rows: Tensor, *others: Tensor | None) -> bool:
+        """Say whether it can go on from a matrix product of such rows, with ``others``."""
+        if not _is_plain(rows) or _is_narrow(product_dtype(rows)) is None:
             return False
         return all(each is not None and _is_plain(each) and each.dtype is torch.float32 for each in others)
-
-    def takes_logits(self, rows: Tensor, dtype: torch.dtype) -> bool:
-        """Say whether it can do the cross-entropy of logits of this dtype, made of such rows."""
-        return _is_plain(rows) and _is_narrow(dtype) is not None
 
     def softmax(self, scores: Tensor, keys: Tensor, site: int, keep_prob: float) -> Tensor:
         """See `Operations.softmax`."""
@@ -118,7 +117,8 @@ class Kernel:
 
     def add_norm(
         self,
-        rows: Tensor,
+        products: Tensor,
+        products_bias: Tensor,
         residual: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -127,20 +127,21 @@ class Kernel:
         prob: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return residual + dropout(rows), its rows' mean and inverse deviation [T, 2], and their LayerNorm."""
-        rows, residual = rows.contiguous(), residual.contiguous()
+        """Return residual + dropout(products + their bias), of its rows mean and inverse deviation [T, 2], and its
+        LayerNorm."""
+        products, residual = products.contiguous(), residual.contiguous()
         total, normed = torch.empty_like(residual), torch.empty_like(residual)
-        moments = residual.new_empty(len(rows), 2)
+        moments = residual.new_empty(len(products), 2)
         kept, scale = _of_dropout(prob)
         self.library.largebatch_add_norm(
-            *rows.shape,
-            _is_narrow(rows.dtype),
+            *products.shape,
+            _is_narrow(products.dtype),
             keys.data_ptr(),
             site,
             kept,
             scale,
             eps,
-            *(each.data_ptr() for each in (rows, residual, weight, bias, total, moments, normed)),
+            *(x.data_ptr() for x in (products, products_bias, residual, weight, bias, total, moments, normed)),
             torch.get_num_threads(),
         )
         return total, moments, normed
@@ -155,10 +156,10 @@ class Kernel:
         site: int,
         prob: float,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the gradients of the rows, which have ``dtype``, of the residual, the weight and the bias."""
-        of_rows, of_residual = torch.empty_like(grad, dtype=dtype), torch.empty_like(grad)
-        of_affine = grad.new_empty(-(-len(grad) // self.norm_rows), 2, grad.shape[1])
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of the products, which have ``dtype``, of their bias, the residual, weight and bias."""
+        of_products, of_residual = torch.empty_like(grad, dtype=dtype), torch.empty_like(grad)
+        of_params = grad.new_empty(-(-len(grad) // self.norm_rows), 3, grad.shape[1])
         kept, scale = _of_dropout(prob)
         self.library.largebatch_add_norm_backward(
             *grad.shape,
@@ -167,10 +168,32 @@ class Kernel:
             site,
             kept,
             scale,
-            *(each.data_ptr() for each in (weight, total, moments, grad, of_rows, of_residual, of_affine)),
+            *(each.data_ptr() for each in (weight, total, moments, grad, of_products, of_residual, of_params)),
             torch.get_num_threads(),
         )
-        return of_rows, of_residual, *of_affine.sum(0)
+        of_weight, of_bias, of_products_bias = of_params.sum(0)
+        return of_products, of_products_bias, of_residual, of_weight, of_bias
+
+    def gelu(self, products: Tensor, bias: Tensor) -> Tensor:
+        """GELU(products + bias), [T, H] of bfloat16 and [H]."""
+        activated = torch.empty_like(products)
+        self.library.largebatch_gelu(
+            *products.shape,
+            *(each.data_ptr() for each in (products, bias, activated)),
+            torch.get_num_threads(),
+        )
+        return activated
+
+    def gelu_backward(self, grad: Tensor, products: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of products and bias."""
+        of_products = torch.empty_like(products)
+        of_bias = bias.new_empty(-(-len(grad) // self.gelu_rows), grad.shape[1])
+        self.library.largebatch_gelu_backward(
+            *grad.shape,
+            *(each.data_ptr() for each in (products, bias, grad, of_products, of_bias)),
+            torch.get_num_threads(),
+        )
+        return of_products, of_bias.sum(0)
 
     def loss(self, products: Tensor, bias: Tensor, labels: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """See `cross_entropy.loss`."""
@@ -188,6 +211,12 @@ class Kernel:
             torch.get_num_threads(),
         )
         return losses.sum(), right.sum(), of_bias.sum(0)
+
+
+def product_dtype(rows: Tensor) -> torch.dtype:
+    """Return which dtype a matrix product of such rows has."""
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
 def _of_dropout(prob: float) -> tuple[int, float]:

@@ -12,6 +12,7 @@ enum { WORTH_A_TEAM = 1 << 14 };
 
 static const struct attention_kernel *const attention[] = VARIANTS(attention);
 static const struct norm_kernel *const norm[] = VARIANTS(norm);
+static const struct gelu_kernel *const gelu[] = VARIANTS(gelu);
 static const struct loss_kernel *const loss[] = VARIANTS(loss);
 
 struct job {
@@ -58,23 +59,38 @@ EXPORTED void largebatch_heads(int joins, int64_t count, int64_t heads, int64_t 
 EXPORTED int largebatch_norm_rows(void) { return NORM_ROWS; }
 
 EXPORTED void largebatch_add_norm(int64_t rows, int64_t width, int narrow, const int32_t *keys, uint32_t site, int kept,
-                              float scale, float eps, const void *x, const float *residual, const float *weight,
-                              const float *bias, float *sum, float *moments, float *y, int num_threads) {
+                                  float scale, float eps, const void *x, const float *x_bias, const float *residual,
+                                  const float *weight, const float *bias, float *sum, float *moments, float *y,
+                                  int num_threads) {
     const struct add_norm n = {.rows = rows, .width = width, .narrow = narrow, .kept = kept, .site = site, .keys = keys,
-                           .scale = scale, .eps = eps, .x = x, .residual = residual, .weight = weight, .bias = bias,
-                           .sum = sum, .moments = moments, .y = y};
+                               .scale = scale, .eps = eps, .x = x, .x_bias = x_bias, .residual = residual,
+                               .weight = weight, .bias = bias, .sum = sum, .moments = moments, .y = y};
     share(norm[chosen_isa]->forward, &n, rows, rows * width, num_threads);
 }
 
 EXPORTED void largebatch_add_norm_backward(int64_t rows, int64_t width, int narrow, const int32_t *keys, uint32_t site,
-                                       int kept, float scale, const float *weight, const float *sum,
-                                       const float *moments, const float *grad_y, void *grad_x, float *grad_residual,
-                                       float *grad_affine, int num_threads) {
+                                           int kept, float scale, const float *weight, const float *sum,
+                                           const float *moments, const float *grad_y, void *grad_x,
+                                           float *grad_residual, float *grad_params, int num_threads) {
     const struct add_norm n = {.rows = rows, .width = width, .narrow = narrow, .kept = kept, .site = site, .keys = keys,
-                           .scale = scale, .weight = weight, .sum = (float *)sum, .moments = (float *)moments,
-                           .grad_y = grad_y, .grad_x = grad_x, .grad_residual = grad_residual,
-                           .grad_affine = grad_affine};
+                               .scale = scale, .weight = weight, .sum = (float *)sum, .moments = (float *)moments,
+                               .grad_y = grad_y, .grad_x = grad_x, .grad_residual = grad_residual,
+                               .grad_params = grad_params};
     share(norm[chosen_isa]->backward, &n, (rows + NORM_ROWS - 1) / NORM_ROWS, rows * width, num_threads);
+}
+
+EXPORTED int largebatch_gelu_rows(void) { return GELU_ROWS; }
+
+EXPORTED void largebatch_gelu(int64_t rows, int64_t width, const void *x, const float *bias, void *y, int num_threads) {
+    const struct gelu g = {.rows = rows, .width = width, .x = x, .bias = bias, .y = y};
+    share(gelu[chosen_isa]->forward, &g, rows, rows * width, num_threads);
+}
+
+EXPORTED void largebatch_gelu_backward(int64_t rows, int64_t width, const void *x, const float *bias,
+                                       const void *grad_y, void *grad_x, float *grad_bias, int num_threads) {
+    const struct gelu g = {.rows = rows, .width = width, .x = x, .bias = bias, .y = (void *)grad_y, .grad_x = grad_x,
+                           .grad_bias = grad_bias};
+    share(gelu[chosen_isa]->backward, &g, (rows + GELU_ROWS - 1) / GELU_ROWS, rows * width, num_threads);
 }
 
 EXPORTED int largebatch_loss_rows(void) { return LOSS_ROWS; }

@@ -28,7 +28,7 @@ struct heads {
     void *rows, *by_head;
 };
 
-/* y = LayerNorm(residual + dropout(x)), all [rows, width]. x and its gradient are bfloat16 where `narrow`, all else is
+/* y = LayerNorm(residual + dropout(x + x_bias)), all [rows, width]. x and its gradient are bfloat16 where `narrow`, all else is
  * float32. */
 struct add_norm {
     int64_t rows, width;
@@ -38,15 +38,27 @@ struct add_norm {
     float scale;         /* makes up for what is dropped */
     float eps;
     const void *x;
-    const float *residual, *weight, *bias;
-    float *sum, *moments, *y; /* residual + dropout(x); of each row its mean and 1 / standard deviation */
+    const float *x_bias, *residual, *weight, *bias;
+    float *sum, *moments, *y; /* what is normalised; of each row its mean and 1 / standard deviation */
     const float *grad_y;
     void *grad_x;
     float *grad_residual;
-    float *grad_affine; /* [blocks of NORM_ROWS rows, 2, width]: their sums for weight and bias */
+    float *grad_params; /* [blocks of NORM_ROWS rows, 3, width]: their sums for weight, bias and x_bias */
 };
 
 enum { NORM_ROWS = 64 };
+
+/* y = GELU(x + bias), [rows, width], of bfloat16 but for the bias. */
+struct gelu {
+    int64_t rows, width;
+    const void *x;
+    const float *bias;
+    void *y;          /* backward: its gradient, which is read */
+    void *grad_x;
+    float *grad_bias; /* [blocks of GELU_ROWS rows, width]: their sums */
+};
+
+enum { GELU_ROWS = 64 };
 
 /* Cross-entropy of logits products + bias, [rows, classes], for each row's label. The products are float32, or bfloat16
  * where `narrow`; in their place come the gradients of the sum of all losses. */
@@ -66,7 +78,7 @@ enum { LOSS_ROWS = 16 };
 /* Each does items `first` up to `last` of its work. */
 typedef void (*task)(const void *work, int64_t first, int64_t last);
 
-/* attention.c, norm.c and loss.c, compiled once for each instruction set. */
+/* attention.c, norm.c, gelu.c and loss.c, compiled once for each instruction set. */
 struct attention_kernel {
     task softmax;          /* of a sequence, a pair of heads */
     task softmax_backward; /* a row of a matrix */
@@ -78,12 +90,18 @@ struct norm_kernel {
     task backward; /* a block of NORM_ROWS rows */
 };
 
+struct gelu_kernel {
+    task forward;  /* a row */
+    task backward; /* a block of GELU_ROWS rows */
+};
+
 struct loss_kernel {
     task loss; /* a block of LOSS_ROWS rows */
 };
 
 extern const struct attention_kernel attention_baseline, attention_avx2, attention_avx512;
 extern const struct norm_kernel norm_baseline, norm_avx2, norm_avx512;
+extern const struct gelu_kernel gelu_baseline, gelu_avx2, gelu_avx512;
 extern const struct loss_kernel loss_baseline, loss_avx2, loss_avx512;
 
 #endif

@@ -113,6 +113,18 @@ INLINE floats maximum(floats a, floats b) {
 #endif
 }
 
+/* The smaller where both are numbers, else `b`. */
+INLINE floats minimum(floats a, floats b) {
+#if defined __AVX512F__
+    return (floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined __AVX2__
+    return (floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    const words takes_a = (words)(a < b);
+    return (floats)(((words)a & takes_a) | ((words)b & ~takes_a));
+#endif
+}
+
 INLINE float largest_of(const floats a[VECTORS]) {
     float lanes[LANES];
     store_group(lanes, a, 0);

@@ -1,0 +1,110 @@
+"""The dense halves of a layer, in which a kernel in C does all but the matrix product in one pass over memory on a CPU.
+
+Shapes: T rows, the real tokens; H columns of the result.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import native
+from .dropout import Dropout
+
+
+class _Gelu(torch.autograd.Function):
+    """By the kernel, which adds the bias anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, products: Tensor, bias: Tensor, kernel: native.Kernel) -> Tensor:
+        ctx.save_for_backward(products, bias)
+        ctx.kernel = kernel
+        return kernel.gelu(products, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.kernel.gelu_backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
+def dense_activation(rows: Tensor, dense: nn.Linear, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(dense(rows)), [T, H]: GELU in C where the product is bfloat16 on a CPU, else by torch's operations.
+
+    The kernel's GELU is right to 1e-6, which bfloat16 does not tell; float32 is left to torch.
+    """
+    kernel = _kernel_for(dense, rows) if activation is F.gelu else None
+    if kernel is None or native.product_dtype(rows) is not torch.bfloat16:
+        return activation(dense(rows))
+    activated: Tensor = _Gelu.apply(F.linear(rows, dense.weight), dense.bias, kernel)
+    return activated
+
+
+class _AddNorm(torch.autograd.Function):
+    """By the kernel, which draws the masks anew in the backward pass and keeps what LayerNorm keeps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        products: Tensor,
+        products_bias: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        keys: Tensor,
+        kernel: native.Kernel,
+        site: int,
+        prob: float,
+        eps: float,
+    ) -> Tensor:
+        total, moments, normed = kernel.add_norm(
+            products, products_bias, residual, weight, bias, keys, site, prob, eps
+        )
+        ctx.save_for_backward(weight, keys, total, moments)
+        ctx.kernel, ctx.site, ctx.prob, ctx.dtype = kernel, site, prob, products.dtype
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, keys, total, moments = ctx.saved_tensors
+        grads = ctx.kernel.add_norm_backward(
+            grad.contiguous(), weight, keys, total, moments, ctx.site, ctx.prob, ctx.dtype
+        )
+        return *grads, None, None, None, None, None
+
+
+def dense_dropout_add_norm(
+    rows: Tensor, dense: nn.Linear, residual: Tensor, dropout: Dropout, norm: nn.LayerNorm, keys: Tensor | None
+) -> Tensor:
+    """LayerNorm(residual + dropout(dense(rows))), [T, H]: in C in training with the keys [T], else by torch."""
+    is_keyed = dropout.training and keys is not None
+    kernel = _kernel_for(dense, rows, residual, norm.weight, norm.bias) if is_keyed else None
+    if kernel is None:
+        normed: Tensor = norm(dropout(dense(rows), keys) + residual)
+        return normed
+    result: Tensor = _AddNorm.apply(
+        F.linear(rows, dense.weight),
+        dense.bias,
+        residual,
+        norm.weight,
+        norm.bias,
+        keys,
+        kernel,
+        dropout.site,
+        dropout.p,
+        norm.eps,
+    )
+    return result
+
+
+def _kernel_for(dense: nn.Linear, rows: Tensor, *others: Tensor | None) -> native.Kernel | None:
+    """Return the kernel if it can take over after the product of ``rows`` and the weights, before their bias."""
+    if type(dense) is not nn.Linear or rows.device.type != "cpu":
+        return None
+    kernel = native.kernel()
+    if kernel is None or not kernel.takes_products(rows, dense.weight, dense.bias, *others):
+        return None
+    return kernel
