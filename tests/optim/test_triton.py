@@ -18,11 +18,13 @@ from optim_cases import OPTIMIZERS, build, give_gradients, largest_difference, l
 from torch import Tensor
 
 from largebatch import LAMB
+from largebatch.bench.peers import parameters, shapes_of
 from largebatch.optim import backends
 from largebatch.optim.precision import Origin
 
 triton = pytest.importorskip("triton")
 from largebatch.optim import triton as backend  # noqa: E402
+from largebatch.optim import triton_kernels as kernels  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy tells of inf and NaN
 INTERPRETED = backend.interpreted()
@@ -257,14 +259,15 @@ def test_a_layer_with_a_bad_gradient_waits(device: str) -> None:
     assert all(value.isfinite().all() for state in optimizers[0].state.values() for value in state.values())
 
 
-def test_a_bert_embedding_agrees_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_bert_embedding_agrees_with_float64(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As in test_norms.py. Interpreted, 239 large chunks of one block take a fiftieth of the time of 1,908 of eight.
-    if INTERPRETED:
+    if where == "cpu":
+        if not INTERPRETED:
+            pytest.skip("Triton compiles here; set TRITON_INTERPRET=1 to interpret")
         monkeypatch.setattr(backend, "CHUNK", 2**17)
         monkeypatch.setattr(backend, "BLOCK", 2**17)
-    elif not torch.cuda.is_available():
-        pytest.skip("Triton compiles here; set TRITON_INTERPRET=1 to interpret")
-    x = (0.02 * torch.randn(30522, 1024)).to("cpu" if INTERPRETED else "cuda").requires_grad_()
+    x = (0.02 * torch.randn(30522, 1024)).to(where).requires_grad_()
     exact = sum(float(part.double().square().sum()) for part in x.detach().split(1024)) ** 0.5
     x.grad = torch.ones_like(x)  # u = 1 everywhere: ‖u‖ = √n
     optimizer = LAMB([x], lr=0.0, eps=0.0, weight_decay=0.0, backend="triton")
@@ -339,6 +342,7 @@ def test_a_cuda_graph_holds_the_step() -> None:
         x.grad = g
     start = [x.detach().clone() for x in params]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graphed.step()  # zero gradients and state: warms up, and decays the weights
     torch.cuda.current_stream().wait_stream(stream)
@@ -359,6 +363,63 @@ def test_a_cuda_graph_holds_the_step() -> None:
         plain.step()
     assert all(torch.equal(x, y) for x, y in zip(params, twins, strict=True))
     assert largest_difference(params, start) > 1e-3
+
+
+def test_tables_are_sent_again_only_where_something_changed(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [torch.randn(size, device=device).requires_grad_() for size in (700, 33, 1024)]
+    optimizer = LAMB(params, lr=1e-2, backend="triton")
+    sent: list[tuple[int, ...]] = []
+    send = backend.BACKEND._send
+
+    def count(table: Tensor, device: torch.device) -> Tensor:
+        sent.append(tuple(table.shape))
+        return send(table, device)
+
+    monkeypatch.setattr(backend.BACKEND, "_send", count)
+    table, num_chunks = (3, kernels.WIDTH.value), 2 + 1 + 2  # of 512 elements
+    for what, expected in (
+        ("at first", [(num_chunks,), table]),
+        ("nothing", []),
+        ("a gradient lies elsewhere", [table]),
+        ("one launch", [(2 * num_chunks,)]),
+        ("a capture has sent them", [(num_chunks,), (2 * num_chunks,), table]),
+    ):
+        if what == "at first":
+            give_gradients(params, 0)
+        if what == "a gradient lies elsewhere":
+            params[0].grad = params[0].grad.clone()
+        if what == "one launch":
+            monkeypatch.setattr(backend.BACKEND, "one_launch", True)
+        if what == "a capture has sent them":
+            (of_device,) = optimizer._gathered.by_device.values()
+            of_device.memo[0].of_graph = True
+        sent.clear()
+        optimizer.step()
+        *tables, _ = sent  # the numbers go at every step
+        assert tables == expected, what
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("one_launch", [False, True], ids=["three-launches", "one-launch"])
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
+def test_layers_of_a_real_model_at_the_real_sizes(
+    one_launch: bool, state_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BERT-mini, its chunks and programs as in training: equal to the reference, and to the bit from run to run."""
+    monkeypatch.setattr(backend.BACKEND, "one_launch", one_launch)
+    found = []
+    for name in ("triton", "triton", "reference"):
+        torch.manual_seed(0)
+        params = parameters(shapes_of("bert-mini"), torch.device("cuda"))
+        optimizer = LAMB(params, lr=1e-3, backend=name, state_dtype=state_dtype)
+        for _ in range(20):
+            optimizer.step()
+        found.append(params)
+    assert all(torch.equal(x, y) for x, y in zip(*found[:2], strict=True))
+    # Where a bfloat16 state is rounded the other way, by 2^-8 of itself, u moves by as much, and x by that times lr.
+    assert largest_difference(found[0], found[2]) < (CLOSE[torch.float32] if state_dtype is None else 1e-3)
 
 
 COMPILE = """

@@ -50,10 +50,12 @@ class Part:
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of x, g and the state
     rounded: torch.dtype | None  # what a master copy is rounded to
     rows: list[list[int]] = field(default_factory=list)  # as on the device
-    size: int = 0  # of a chunk
+    num_chunks: list[int] = field(default_factory=list)  # of each layer, as on the device
+    of_graph: bool = False  # sent while a CUDA graph was captured, so not there before its first replay
+    aligned: bool = False  # every tensor begins at a multiple of 16 bytes
     table: Tensor = field(init=False)  # [layers, WIDTH] int64
     chunks: Tensor = field(init=False)  # [chunks] int32: the layer of each
-    tasks: Tensor = field(init=False)  # [2 * chunks] int32: see `triton_kernels.whole`
+    tasks: Tensor | None = None  # [2 * chunks] int32, for the one launch: see `triton_kernels.whole`
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of tensors that kernels cannot walk through
     grads: list[Tensor] = field(default_factory=list)  # copies, too, which nothing else would keep alive
 
@@ -102,7 +104,7 @@ class Triton(Backend):
         ratios = torch.empty(len(layers), dtype=totals.dtype, device=device)
         parts = []
         for part in self._parts(layers):
-            hypers = self._enter(part, layers, CHUNK)
+            hypers = self._enter(part, layers, CHUNK, False)
             shares = torch.empty(2, len(part.chunks), dtype=compute_dtype(layers[part.owners[0]].x), device=device)
             if len(part.chunks):
                 kernels.direct[(len(part.chunks),)](
@@ -132,7 +134,8 @@ class Triton(Backend):
         totals = torch.empty(2, len(layers), dtype=total_dtype(device), device=device)
         ratios = torch.ones(len(layers), dtype=totals.dtype, device=device)
         for part in self._parts(layers):
-            hypers = self._enter(part, layers, SMALL_CHUNK)
+            hypers = self._enter(part, layers, SMALL_CHUNK, True)
+            assert part.tasks is not None
             if len(part.chunks):
                 shares = torch.empty(2, len(part.chunks), dtype=compute_dtype(layers[part.owners[0]].x), device=device)
                 counters = torch.zeros(1 + len(part.owners), dtype=torch.int32, device=device)
@@ -160,29 +163,36 @@ class Triton(Backend):
             known = layers.memo = [Part(own, *kind) for kind, own in owners.items()]
         return known
 
-    def _enter(self, part: Part, layers: Layers, size: int) -> Tensor:
-        """Bring the tables of these layers up to date, and return their numbers."""
+    def _enter(self, part: Part, layers: Layers, size: int, one_launch: bool) -> Tensor:
+        """Bring the tables of these layers up to date, for chunks of this size, and return their numbers."""
         part.copies, part.grads = [], []
         own = [layers[owner] for owner in part.owners]
         numbered: dict[tuple[int, int], int] = {}
-        rows, num_chunks = [], 0
+        rows, first_chunk, num_chunks = [], 0, []
         for owner, layer in zip(part.owners, own, strict=True):
             x, rounded, g, *state = aligned(layer, part.copies)
             part.grads.append(g)
             number = numbered.setdefault((id(layer.hyper), id(layer.ratio)), len(numbered))
             addresses = [a.data_ptr() for a in (x, rounded, g, *state, *state)][:5]
             # In the order of the columns in triton_kernels.py.
-            rows.append([*addresses, x.numel(), num_chunks, layer.position, *layer.origin, number, owner])
-            num_chunks += -(-x.numel() // size)
+            rows.append([*addresses, x.numel(), first_chunk, layer.position, *layer.origin, number, owner])
+            num_chunks.append(-(-x.numel() // size))
+            first_chunk += num_chunks[-1]
         device = own[0].x.device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if rows != part.rows or size != part.size:
-            numbers = [-(-row[5] // size) for row in rows]
-            chunks = [i for i, number in enumerate(numbers) for _ in range(number)]
-            part.rows, part.size = rows, size
-            part.table = self._send(torch.tensor(rows, dtype=torch.int64), device)
+        if part.of_graph and not capturing:
+            part.rows, part.num_chunks, part.tasks, part.of_graph = [], [], None, False
+        if num_chunks != part.num_chunks:  # seldom; addresses change wherever gradients are made anew
+            chunks = [i for i, number in enumerate(num_chunks) for _ in range(number)]
             part.chunks = self._send(torch.tensor(chunks, dtype=torch.int32), device)
-            part.tasks = self._send(torch.tensor(tasks(numbers, num_programs(device)), dtype=torch.int32), device)
+            part.num_chunks, part.tasks, part.of_graph = num_chunks, None, capturing
+        if one_launch and part.tasks is None:
+            order = tasks(num_chunks, num_programs(device))
+            part.tasks, part.of_graph = self._send(torch.tensor(order, dtype=torch.int32), device), capturing
+        if rows != part.rows:
+            part.table = self._send(torch.tensor(rows, dtype=torch.int64), device)
+            part.rows, part.of_graph = rows, capturing
+            part.aligned = all(address % 16 == 0 for row in rows for address in row[:5])
         if capturing:
             self._captured.append((part.table, part.chunks, part.tasks))
         first = {
@@ -258,10 +268,11 @@ def tasks(num_chunks: Sequence[int], lag: int) -> list[int]:
 
 
 def second_pass(rule: str, part: Part, layers: Layers) -> dict[str, Any]:
+    hypers = {id(layers[owner].hyper): layers[owner].hyper for owner in part.owners}
     return {
         "rounded_type": TYPES[part.rounded or part.dtypes[0]],
         "rounds": part.rounded is not None,
-        "reads_g": rule == "lars2017" or any(needs_g(layers[owner].hyper) for owner in part.owners),
+        "reads_g": rule == "lars2017" or any(map(needs_g, hypers.values())),
     }
 
 
@@ -274,13 +285,12 @@ def touch(layers: Layers) -> None:
 def types(part: Part) -> dict[str, Any]:
     x, g, state = part.dtypes
     compute = torch.promote_types(x, torch.float32)
-    aligned = all(address % 16 == 0 for row in part.rows for address in row[:5])
     return {
         "x_type": TYPES[x],
         "g_type": TYPES[g],
         "state_type": TYPES[state],
         "compute": TYPES[compute],
-        "aligned": aligned,
+        "aligned": part.aligned,
     }
 
 

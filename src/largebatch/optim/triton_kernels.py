@@ -109,7 +109,9 @@ def write_state(pointer, index, inside, masked: tl.constexpr, value, state: tl.c
     dtype: tl.constexpr = pointer.dtype.element_ty
     if dtype == tl.bfloat16:
         start, run, skip = origin
-        place = index + start + (index // run) * skip
+        place = index + start
+        if skip != 0:  # a division of 64 bits for each element costs more than all else
+            place += (index // run) * skip
         noise = noise_of(place.to(tl.uint32), seed, state)
         bits = value.to(tl.uint32, bitcast=True)
         rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -163,7 +165,9 @@ def lamb_u(x, g, m, v, numbers):
     m_scale, g_scale, v_scale, g_sq_scale, eps, decay = numbers
     m_hat = m_scale * m + g_scale * g
     v_hat = v_scale * v + g_sq_scale * (g * g)
-    return m_hat / (tl.sqrt(v_hat) + eps) + decay * x
+    # In float32 `tl.sqrt` is an approximation that takes subnormal numbers for 0.
+    root = tl.sqrt_rn(v_hat) if v_hat.dtype == tl.float32 else tl.sqrt(v_hat)
+    return m_hat / (root + eps) + decay * x
 
 
 @triton.jit
