@@ -1,16 +1,26 @@
 """Every `largebatch bench`, with its figures kept: `python -m benchmarks [--device cuda] [--out FOLDER]`.
 
 On a GPU the optimizers and BERT-large; on a CPU the optimizers under both settings of the allocator, the smaller BERTs
-and the data path, some twenty minutes on two cores.
+and the data path, some twenty minutes on two cores. Each is a process of its own, so that one that fails or hangs takes
+no other's figures with it.
 """
 
 import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from largebatch.cli import main as largebatch
+import largebatch
 
 RESULTS = Path(__file__).parent / "results"
+QUESTIONS = Path(largebatch.__file__).parent / "assets" / "squad_extract" / "train.json"
+
+Bench = Callable[..., None]
 
 
 def main() -> None:
@@ -19,29 +29,79 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="what a GPU would run, on the CPU in small: minutes")
+    parser.add_argument("--budget-s", type=float, help="begin none after this, and end all by it")
     options = parser.parse_args()
-    today = date.today().isoformat()
+    end = time.monotonic() + (options.budget_s or float("inf"))
+    failed = []
 
-    def bench(name: str, *arguments: str) -> None:
-        figures = options.out / f"{today}-{options.device}-{name}.json"
-        status = largebatch(["bench", *arguments, "--device", options.device, "--out", str(figures)])
+    def bench(name: str, *arguments: str, limit_s: float = float("inf")) -> None:
+        left_s = min(limit_s, end - time.monotonic())
+        if left_s < 10:
+            failed.append(f"{name}: no time left")
+            return
+        figures = options.out / f"{date.today().isoformat()}-{options.device}-{name}.json"
+        command = [sys.executable, "-m", "largebatch", "bench", *arguments]
+        try:
+            status = subprocess.run(
+                [*command, "--device", options.device, "--out", str(figures)],
+                timeout=None if left_s == float("inf") else left_s,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {left_s:.0f} s"
         if status:
-            raise SystemExit(status)
+            failed.append(f"{name}: {status if isinstance(status, str) else f'exit status {status}'}")
 
-    plot = ("--plot", str(options.out / f"{today}-{options.device}-optim.png"))
-    if options.dry_run:
-        bench("dry-run-optim", "optim", "2000x1000", "--rounds", "2", "--only", "largebatch")
-        small = ("--rounds", "1", "--sequences", "4", "--micro-batch", "2")
-        bench("dry-run-bert", "bert", "tiny", "--lengths", "128", "--lengths", "512", *small)
-        return
-    if options.device == "cuda":
-        bench("optim", "optim", "bert-base", "bert-large", "resnet-50", "2000x1000", *plot)
-        bench("bert", "bert", "base", "large", "--lengths", "128", "--lengths", "512", "--micro-batch", "64")
-        return
-    bench("optim", "optim", *plot)
-    bench("optim-default-allocator", "optim", "--allocator", "default")
-    bench("bert", "bert", "tiny", "mini")
-    bench("data", "data")
+    plot = ("--plot", str(options.out / f"{date.today().isoformat()}-{options.device}-optim.png"))
+    with tempfile.TemporaryDirectory() as folder:
+        if options.dry_run:
+            on_gpu(bench, passages(Path(folder)), dry=True)
+        elif options.device == "cuda":
+            on_gpu(bench, passages(Path(folder)), dry=False)
+        else:
+            bench("optim", "optim", *plot)
+            bench("optim-default-allocator", "optim", "--allocator", "default")
+            bench("bert", "bert", "tiny", "mini")
+            bench("data", "data")
+    for line in failed:
+        print(f"benchmark failed: {line}", file=sys.stderr)
+    raise SystemExit(bool(failed))
+
+
+def on_gpu(bench: Bench, corpus: str, *, dry: bool) -> None:
+    """Run what the figures of a GPU are of: what matters most first, what may hang last."""
+
+    def optim(model: str, only: str = "", seconds: float = 60) -> None:
+        kind = f"optim-{model}{only and '-'}{only.replace(' ', '-')}"
+        few = ("--rounds", "2", "--only", "largebatch") if dry else ("--only", only)
+        bench(kind, "optim", "2000x1000" if dry else model, *few, limit_s=seconds)
+
+    def bert(size: str, length: int, sequences: int, *others: str) -> None:
+        kind = f"bert-{size}-{length}{'-passages' if others else ''}"
+        count = "2" if dry else str(sequences)
+        share = ("--sequences", count, "--micro-batch", count, "--rounds", "1" if dry else "10", *others)
+        bench(kind, "bert", "tiny" if dry else size, "--lengths", str(length), *share, limit_s=90)
+
+    optim("bert-large")
+    bert("large", 128, 256)
+    bert("large", 512, 64)
+    bert("large", 512, 64, "--data", corpus)
+    for model in ("bert-base", "resnet-50", "2000x1000"):
+        optim(model)
+    bert("base", 128, 512)
+    optim("bert-large", only="one launch", seconds=30)
+
+
+def passages(folder: Path) -> str:
+    """Prepare the shipped passages, each a document: at 512 most of their instances are padding."""
+    text = folder / "passages.txt"
+    articles = json.loads(QUESTIONS.read_text(encoding="utf-8"))["data"]
+    paragraphs = [" ".join(each["context"].split()) for article in articles for each in article["paragraphs"]]
+    text.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    corpus = folder / "corpus"
+    command = [sys.executable, "-m", "largebatch", "prepare", str(text), "--out", str(corpus), "--vocab-size", "8192"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return str(corpus)
 
 
 if __name__ == "__main__":

@@ -25,3 +25,14 @@ def test_a_run_on_cuda_follows_the_run_on_the_cpu(corpus: Path, tmp_path: Path, 
     cuda = ("device=cuda", f"precision={precision}", "stages.0.micro_batch_size=none")
     run(small_bert(corpus, *still, *cuda), tmp_path / "cuda")
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=tolerance)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_run_with_dropout_learns(corpus: Path, tmp_path: Path, compiled: bool):
+    """Packed attention with dropout, and inductor's kernels, forward and backward: the loss falls as on the CPU."""
+    run(small_bert(corpus), tmp_path / "cpu")
+    cuda = ("device=cuda", "precision=bf16", f"compile={str(compiled).lower()}")
+    run(small_bert(corpus, *cuda), tmp_path / "cuda")
+    on_cpu, on_cuda = losses(tmp_path / "cpu"), losses(tmp_path / "cuda")
+    assert on_cpu[-1] < on_cpu[0], "too few steps to tell"
+    assert on_cuda[-1] == pytest.approx(on_cpu[-1], rel=0.1)

@@ -280,13 +280,16 @@ def test_defaults_are_no_padding_and_one_segment(small_config: BertConfig, make_
 
 
 def varlen_one_by_one(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *others: object) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` computes, which runs on CUDA alone: [T, n, d] -> [T, n, d]."""
+    """What flash attention over packed rows computes, which runs on CUDA alone: [T, n, d] -> [T, n, d]."""
     assert ends.dtype is torch.int32
     assert others[0] is ends
     assert others[1] == others[2] >= int(ends.diff().max())
     sequences = [rows.tensor_split(ends[1:-1].long()) for rows in (query, key, value)]
     heads = [[one.transpose(0, 1)[None] for one in each] for each in zip(*sequences, strict=True)]
-    return torch.cat([functional.scaled_dot_product_attention(*each)[0].transpose(0, 1) for each in heads])
+    prob = others[3]
+    return torch.cat(
+        [functional.scaled_dot_product_attention(*each, dropout_p=prob)[0].transpose(0, 1) for each in heads]
+    )
 
 
 @pytest.mark.parametrize("varlen", [varlen_one_by_one, None], ids=["varlen", "nested"])
@@ -319,6 +322,23 @@ def test_dropout_in_flash_attention_keeps_the_mean(small_config: BertConfig) -> 
     error = 5 * drawn.std(0) / 4000**0.5 + 2**-7 * whole.abs().max()
     assert ((drawn.mean(0) - whole).abs() <= error).all()
     assert drawn.std(0).max() > 0.05
+
+
+@pytest.mark.gpu
+def test_dropout_in_flash_attention_goes_the_same_way_back() -> None:
+    """The output is linear in the values, so that <output, g> = <values, their gradient>, to a rounding of bfloat16."""
+    lengths = torch.tensor([7, 1, 64, 7, 30])
+    found = TokenLayout((torch.arange(64) < lengths[:, None]).cuda())
+    query, key, value, g = torch.randn(4, int(lengths.sum()), 64, device="cuda", dtype=torch.bfloat16)
+    value = value.abs().requires_grad_()  # so that the sums do not cancel
+    grads = []
+    for _ in range(2):
+        out = attention(query.requires_grad_(), key, value, 4, found, Dropout(0.3))
+        (grad, _) = torch.autograd.grad(out, (value, query), g.abs())
+        there, back = (out.double() * g.abs().double()).sum(), (value.double() * grad.double()).sum()
+        assert abs(float(there / back) - 1) < 1e-2
+        grads.append(grad)
+    assert not torch.equal(*grads), "the same mask twice"
 
 
 @pytest.mark.gpu

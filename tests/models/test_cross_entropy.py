@@ -70,10 +70,22 @@ def test_of_several_largest_logits_the_first_wins(dtype: torch.dtype) -> None:
         assert int(linear_cross_entropy(rows, weight, bias, labels)[1]) == 2
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_without_gradients_none_are_reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, labels = draw(20)
+    asked: list[bool] = []
+
+    def spy(*arguments: object) -> tuple[Tensor, ...]:
+        asked.append(arguments[-1])
+        return loss_by_torch(*arguments)
+
+    loss_by_torch = cross_entropy.loss
+    monkeypatch.setattr(cross_entropy, "loss", spy)
+    monkeypatch.setattr(cross_entropy.native, "kernel", lambda: None)
+    linear_cross_entropy(*inputs, labels)
     with torch.no_grad():
         loss, right = linear_cross_entropy(*inputs, labels)
+    assert asked[0]
+    assert not any(asked[len(asked) // 2 :])
     expected, expected_right = apart(inputs, labels)
     torch.testing.assert_close(loss, expected.detach(), rtol=2e-6, atol=1e-6)
     assert int(right) == int(expected_right)

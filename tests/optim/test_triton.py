@@ -365,9 +365,7 @@ def test_a_cuda_graph_holds_the_step() -> None:
     assert largest_difference(params, start) > 1e-3
 
 
-def test_tables_are_sent_again_only_where_something_changed(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_are_sent_again_only_where_something_changed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = [torch.randn(size, device=device).requires_grad_() for size in (700, 33, 1024)]
     optimizer = LAMB(params, lr=1e-2, backend="triton")
     sent: list[tuple[int, ...]] = []

@@ -14,7 +14,7 @@ import torch
 import largebatch
 from largebatch.data import Corpus, PretrainingInstances, prepare
 from largebatch.experiments.pretraining import as_micro_batch
-from largebatch.models import BertConfig, BertForPreTraining, pretraining_loss, training_flops
+from largebatch.models import BertConfig, BertForPreTraining, compile_elementwise, pretraining_loss, training_flops
 from largebatch.train import hardware
 
 from .timing import Work, interleaved, set_allocator
@@ -46,11 +46,12 @@ def bench_bert(
 ) -> list[dict[str, Any]]:
     """Time ours and transformers' model, in turn, on the same sequences: masked words, next sentences, dropout 0.1.
 
-    Ours runs as the training command runs it: on real tokens alone, the vocabulary's logits at masked positions, the
-    tuned allocator. Theirs is `BertForPreTraining` from its own configuration with its own padding, under the allocator
-    as it comes and under the tuned one. In each turn one step is not timed, so that a timed one follows its like. Both
-    under bfloat16 autocast where the device has units for it; ``peer_bf16`` has theirs go under it on other devices
-    too, as its users are told to, where a step can take a hundred times longer.
+    Ours runs as the training command runs it: on real tokens alone, the vocabulary's logits at masked positions, on a
+    CPU the tuned allocator and dropout by keys; on a GPU also with its element-wise work compiled. Theirs is
+    `BertForPreTraining` from its own configuration with its own padding, on a CPU under the allocator as it comes and
+    under the tuned one. In each turn one step is not timed, so that a timed one follows its like. Both under bfloat16
+    autocast where the device has units for it; ``peer_bf16`` has theirs go under it on other devices too, as its users
+    are told to, where a step can take a hundred times longer.
     Both models have the published vocabulary of 30,522, whatever the text's.
 
     Returns:
@@ -87,31 +88,32 @@ def bench_bert(
                 for each in arrays
             )
             autocast = torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16)
-            own = _ours(config, batches, sequences, autocast, device)
-            contenders = {"largebatch": own}
+            contenders = {"largebatch": _ours(config, batches, sequences, autocast, device)}
+            if device.type == "cuda":
+                contenders["largebatch, compiled"] = _ours(config, batches, sequences, autocast, device, compiled=True)
+            own = list(contenders)
             if importlib.util.find_spec("transformers"):
                 contenders["transformers"] = _transformers(config, batches, autocast, device)
                 if peer_bf16 and not fast_bf16:
                     slow = torch.autocast(device.type, torch.bfloat16)
                     contenders["transformers, bfloat16"] = _transformers(config, batches, slow, device)
-                contenders |= {f"{name}{_TUNED}": work for name, work in contenders.items() if work is not own}
+                if device.type == "cpu":
+                    contenders |= {f"{name}{_TUNED}": work for name, work in contenders.items() if name not in own}
             else:
                 say("transformers: not installed")
             peaks: list[float] = []
 
-            def prepare_turn(name: str, peaks: list[float] = peaks) -> None:
-                set_allocator(name == "largebatch" or name.endswith(_TUNED))
-                if name == "largebatch":
+            def prepare_turn(name: str, peaks: list[float] = peaks, own: list[str] = own) -> None:
+                set_allocator(name in own or name.endswith(_TUNED))
+                if name == own[0]:
                     peaks.append(hardware.matmul_flops_per_s(device, dtype))
 
             times = interleaved(contenders, device, rounds, warm_up=1, before=prepare_turn, settle=1)
             set_allocator(True)
-            mfu = statistics.median(
-                flops / s / peak for s, peak in zip(times["largebatch"], peaks[-rounds:], strict=True)
-            )
             for name in contenders:
+                mfu = statistics.median(flops / s / peak for s, peak in zip(times[name], peaks[-rounds:], strict=True))
                 seconds = statistics.median(times[name])
-                ratio = statistics.median(a / b for a, b in zip(times[name], times["largebatch"], strict=True))
+                ratio = statistics.median(a / b for a, b in zip(times[name], times[own[0]], strict=True))
                 rows.append(
                     {
                         "benchmark": "bert, forward and backward",
@@ -125,22 +127,29 @@ def bench_bert(
                         "tokens_per_s": tokens / seconds,
                         "real_share": tokens / (sequences * length),
                         "largebatch_is_faster_by": ratio,
-                        "mfu": mfu if name == "largebatch" else None,
+                        "mfu": mfu if name in own else None,
                     }
                 )
     return rows
 
 
 def _ours(
-    config: BertConfig, batches: MicroBatches, sequences: int, autocast: torch.autocast, device: torch.device
+    config: BertConfig,
+    batches: MicroBatches,
+    sequences: int,
+    autocast: torch.autocast,
+    device: torch.device,
+    compiled: bool = False,
 ) -> Work:
     model = BertForPreTraining(config).to(device).train()
+    if compiled:
+        compile_elementwise(model)
     masked = sum(len(batch["masked_labels"]) for batch in batches)
     totals = {"masked": torch.tensor(masked, device=device), "sequences": torch.tensor(sequences, device=device)}
     first = 0
-    for batch in batches:
+    for batch in batches if device.type == "cpu" else []:  # as `dropout_masks` is by default
         count = len(batch["input_ids"])
-        batch["dropout_keys"] = torch.arange(first, first + count, device=device)
+        batch["dropout_keys"] = torch.arange(first, first + count)
         first += count
 
     def run() -> None:

@@ -27,6 +27,9 @@ def bench(options: argparse.Namespace) -> int:
     if options.out is not None:
         write_figures(options.out, rows, device)
         print(f"figures: {options.out}")
+    if options.what == "optim" and options.plot is not None:
+        optim.plot(rows, options.plot)
+        print(f"plot: {options.plot}")
     return 0
 
 
@@ -50,7 +53,7 @@ def _optim(options: argparse.Namespace, device: torch.device) -> Rows:
         size = f"{own[0]['tensors']:,} tensors, {own[0]['parameters'] / 1e6:.1f}M parameters"
         show_table(
             f"One step of {model}: {size}, {options.allocator} allocator",
-            ["", "ms", "ratio", "quartiles", "of copy", "extra MB"],
+            ["", "ms", "ratio", "quartiles", "of copy", "extra MB", *(["host ms"] if "host_ms" in own[0] else [])],
             [
                 [
                     row["name"],
@@ -59,14 +62,12 @@ def _optim(options: argparse.Namespace, device: torch.device) -> Rows:
                     "{:.2f} {:.2f}".format(*row["ratio_quartiles"]),
                     "" if row["of_copy_bandwidth"] is None else f"{row['of_copy_bandwidth']:.0%}",
                     "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.1f}",
+                    *([f"{row['host_ms']:.1f}"] if "host_ms" in row else []),
                 ]
                 for row in own
             ],
         )
         rows += own
-    if options.plot is not None:
-        optim.plot(rows, options.plot)
-        print(f"plot: {options.plot}")
     return rows
 
 

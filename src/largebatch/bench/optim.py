@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .peers import UNIT, Contender, contenders, parameters, shapes_of
-from .timing import copy_bytes_per_s, interleaved, peak_extra_bytes, set_allocator
+from .timing import copy_bytes_per_s, gpu_seconds, interleaved, peak_extra_bytes, set_allocator
 
 Say = Callable[[str], None]
 
@@ -27,6 +27,9 @@ def bench_optim(
 ) -> list[dict[str, Any]]:
     """Time every contender beside the unit, the two in turn, on the same parameters and gradients.
 
+    On a GPU it is the GPU's time that counts, as training queues steps ahead of it; the time until the host has queued
+    one, and waited for it, is told as well.
+
     Args:
         models: names, as for `peers.shapes_of`.
         device: where.
@@ -38,7 +41,8 @@ def bench_optim(
 
     Returns:
         A row for each model and contender: median milliseconds, ratio to the unit's in the same rounds, bytes moved
-        and their share of the copy bandwidth, and memory that grows during a step.
+        and their share of the copy bandwidth, and memory that grows during a step. A contender that is not installed or
+        fails has none, and ``say`` is told; the unit may not fail.
     """
     rows = []
     copy_speed = copy_bytes_per_s(device)
@@ -46,12 +50,15 @@ def bench_optim(
         params = parameters(shapes_of(model), device)
         count = sum(x.numel() for x in params)
         unit, *others = contenders(device, compiled)
-        for contender in [unit, *(each for each in others if only in each.name)]:
+        for contender in [unit, *(each for each in others if only in each.name and (only or not each.by_name))]:
             setting = set_allocator(tuned)
             try:
                 figures = _against_unit(contender, unit, params, device, rounds)
-            except ImportError as error:
-                say(f"{contender.name}: not installed ({error})")
+            except Exception as error:  # one contender's failure must not cost the others' figures
+                if contender is unit:
+                    raise
+                reason = "not installed" if isinstance(error, ImportError) else "failed"
+                say(f"{contender.name}: {reason} ({type(error).__name__}: {error})")
                 continue
             moved = contender.bytes_per_parameter
             rows.append(
@@ -81,10 +88,17 @@ def _against_unit(
     step()
     first_s = time.perf_counter() - start
     beside = step if contender.name == UNIT else unit.make(params)
-    other, own = interleaved({"unit": beside, "own": step}, device, rounds).values()
+    pair = {"unit": beside, "own": step}
+    other, own = interleaved(pair, device, rounds).values()
+    host_ms = {}
+    if device.type == "cuda":
+        lead_s = max(map(statistics.median, (other, own)))
+        host_ms = {"host_ms": 1e3 * statistics.median(own)}
+        other, own = interleaved(pair, device, rounds, clock=gpu_seconds(2 * lead_s + 1e-3)).values()
     quartiles = statistics.quantiles([a / b for a, b in zip(own, other, strict=True)], n=4)
     return {
         "ms": 1e3 * statistics.median(own),
+        **host_ms,
         "ratio": statistics.median(own) / statistics.median(other),
         "ratio_quartiles": [quartiles[0], quartiles[2]],
         "first_step_s": first_s,

@@ -12,6 +12,41 @@ import torch
 from largebatch.train import allocator, hardware
 
 Work = Callable[[], object]
+Clock = Callable[[Work, torch.device], float]
+
+
+def wall_seconds(work: Work, device: torch.device) -> float:
+    """Return how long ``work`` takes, and what it asked of the device."""
+    _synchronize(device)
+    start = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def gpu_seconds(lead_s: float) -> Clock:
+    """Return a clock of the GPU's own time: it begins ``lead_s`` late, by when all that it is to do has been queued.
+
+    The host's time and its waiting for the first kernel are not in it; training queues a step long before the GPU comes
+    to it. Work that waits for the device within is longer than the lead, and is measured with its waiting.
+    """
+
+    def clock(work: Work, device: torch.device) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(int(2e9 * lead_s))  # cycles, of which no GPU has more than 2e9 in a second
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return 1e-3 * begin.elapsed_time(end)
+
+    return clock
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def interleaved(
@@ -21,6 +56,7 @@ def interleaved(
     warm_up: int = 2,
     before: Callable[[str], object] = lambda name: None,
     settle: int = 0,
+    clock: Clock = wall_seconds,
 ) -> dict[str, list[float]]:
     """Return the seconds of each contender in rounds in which all take their turn.
 
@@ -33,11 +69,7 @@ def interleaved(
             before(name)
             for _ in range(settle):
                 work()
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock(work, device))
     return {name: values[warm_up:] for name, values in times.items()}
 
 
@@ -50,11 +82,21 @@ def set_allocator(tuned: bool) -> str:
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
-    """Return how many bytes a copy of 256 MB reads and writes in a second: what a pass over memory can reach."""
-    source = torch.ones(1 << 26, device=device)
+    """Return how many bytes a large copy reads and writes in a second: what a pass over memory can reach.
+
+    256 MB on a CPU. 4 GB on a GPU, whose cache holds tens of MB, after as many copies as bring it out of idling.
+    """
+    on_gpu = device.type == "cuda"
+    source = torch.randn(1 << (30 if on_gpu else 26), device=device)
     target = torch.empty_like(source)
-    seconds = statistics.median(interleaved({"copy": lambda: target.copy_(source)}, device, rounds=10)["copy"])
-    return 2 * source.numel() * source.element_size() / seconds
+    times = interleaved(
+        {"copy": lambda: target.copy_(source)},
+        device,
+        rounds=10,
+        warm_up=200 if on_gpu else 2,
+        clock=gpu_seconds(1e-3) if on_gpu else wall_seconds,
+    )
+    return 2 * source.numel() * source.element_size() / statistics.median(times["copy"])
 
 
 def peak_extra_bytes(work: Work, device: torch.device) -> int | None:

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
@@ -82,7 +83,10 @@ def _show_operations(traced: torch_profile, device: torch.device) -> None:
     def seconds(event: object) -> float:
         return float(getattr(event, "self_device_time_total" if on_gpu else "self_cpu_time_total")) * 1e-6
 
-    events = sorted(traced.key_averages(), key=seconds, reverse=True)
+    found = traced.key_averages()
+    if on_gpu:  # kernels alone: the operations that launched them claim their time as well
+        found = [each for each in found if each.device_type is DeviceType.CUDA and not each.is_user_annotation]
+    events = sorted(found, key=seconds, reverse=True)
     total_s = sum(map(seconds, events))
     rows = [
         [event.key[:48], f"{1e3 * seconds(event):.1f}", f"{seconds(event) / total_s:.1%}", f"{event.count:,}"]

@@ -64,12 +64,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int, is_training: bool
     ) -> tuple[Tensor, Tensor]:
         device = rows.device.type
         dtype = native.product_dtype(rows)
         ctx.inputs = rows.dtype, weight.dtype, bias.dtype
-        wants_grad = any(ctx.needs_input_grad[:3])
+        wants_grad = is_training and any(ctx.needs_input_grad[:3])
         kernel = native.kernel() if device == "cpu" else None
         loss_of = kernel.loss if kernel is not None and kernel.takes_products(rows) else loss
         total, right = rows.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.int64, device=rows.device)
@@ -102,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         of_inputs = zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
-        return *((saved * grad).to(dtype) if needed else None for saved, dtype, needed in of_inputs), None, None
+        return *((saved * grad).to(dtype) if needed else None for saved, dtype, needed in of_inputs), None, None, None
 
 
 def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,5 +124,6 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Ten
     on_cpu = rows.device.type == "cpu"
     num_chunks = max(1, math.ceil(len(rows) * len(weight) / (CPU_LOGITS if on_cpu else LOGITS)))
     chunk = max(1, math.ceil(len(rows) / num_chunks))
-    result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(rows, weight, bias, labels, chunk)
+    is_training = torch.is_grad_enabled()  # which it never is within, and inputs say that they need one all the same
+    result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(rows, weight, bias, labels, chunk, is_training)
     return result

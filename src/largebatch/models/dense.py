@@ -59,9 +59,7 @@ class _AddNorm(torch.autograd.Function):
         prob: float,
         eps: float,
     ) -> Tensor:
-        total, moments, normed = kernel.add_norm(
-            products, products_bias, residual, weight, bias, keys, site, prob, eps
-        )
+        total, moments, normed = kernel.add_norm(products, products_bias, residual, weight, bias, keys, site, prob, eps)
         ctx.save_for_backward(weight, keys, total, moments)
         ctx.kernel, ctx.site, ctx.prob, ctx.dtype = kernel, site, prob, products.dtype
         return normed

@@ -1,8 +1,8 @@
 """The CPU kernel of BERT, in C: what lies between its matrix products, each in one pass over memory.
 
 setup.py compiles it when the package is installed. attention.c, norm.c, gelu.c and loss.c have the arithmetic, calls.c
-the division among threads. The same bits come out on any number of threads. Where it is missing, and for what it does not
-take, torch's operations do the same.
+the division among threads. The same bits come out on any number of threads. Where it is missing, and for what it does
+not take, torch's operations do the same.
 """
 
 import ctypes
