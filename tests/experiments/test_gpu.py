@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -28,11 +29,12 @@ def test_a_run_on_cuda_follows_the_run_on_the_cpu(corpus: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_run_with_dropout_learns(corpus: Path, tmp_path: Path, compiled: bool):
-    """Packed attention with dropout, and inductor's kernels, forward and backward: the loss falls as on the CPU."""
-    run(small_bert(corpus), tmp_path / "cpu")
+def test_a_run_with_dropout_learns_as_on_the_cpu(corpus: Path, tmp_path: Path, compiled: bool):
+    """Packed attention with dropout, and inductor's kernels, there and back. Other masks move the mean by some 0.3%."""
+    longer = "stages.0.steps=60"
+    run(small_bert(corpus, longer), tmp_path / "cpu")
     cuda = ("device=cuda", "precision=bf16", f"compile={str(compiled).lower()}")
-    run(small_bert(corpus, *cuda), tmp_path / "cuda")
-    on_cpu, on_cuda = losses(tmp_path / "cpu"), losses(tmp_path / "cuda")
-    assert on_cpu[-1] < on_cpu[0], "too few steps to tell"
-    assert on_cuda[-1] == pytest.approx(on_cpu[-1], rel=0.1)
+    run(small_bert(corpus, longer, *cuda), tmp_path / "cuda")
+    on_cpu, on_cuda = (fmean(losses(tmp_path / where)[40:60]) for where in ("cpu", "cuda"))
+    assert on_cpu < 0.93 * losses(tmp_path / "cpu")[0], "too few steps to tell"
+    assert on_cuda == pytest.approx(on_cpu, rel=2e-2)
