@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .autocast import product_dtype
 from .config import BertConfig
 from .dense import dense_activation, dense_dropout_add_norm
 from .dropout import Dropout, number_sites
@@ -57,6 +58,7 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
         """[T, H] -> [T, H]."""
+        rows = rows.to(product_dtype(rows))  # once: autocast would narrow them for each product, and keep all three
         dropout = self.dropout if self.training and self.dropout.p > 0 else None
         return attention(self.query(rows), self.key(rows), self.value(rows), self.num_heads, layout, dropout)
 

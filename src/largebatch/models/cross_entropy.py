@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native
+from .autocast import product_dtype
 
 # Logits that exist at a time, in the dtype of the product.
 CPU_LOGITS = 1 << 24
@@ -67,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int, is_training: bool
     ) -> tuple[Tensor, Tensor]:
         device = rows.device.type
-        dtype = native.product_dtype(rows)
+        dtype = product_dtype(rows)
         ctx.inputs = rows.dtype, weight.dtype, bias.dtype
         wants_grad = is_training and any(ctx.needs_input_grad[:3])
         kernel = native.kernel() if device == "cpu" else None
@@ -75,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total, right = rows.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.int64, device=rows.device)
         if wants_grad:
             grad_rows = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=rows.device)
+            grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=rows.device)
             grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=rows.device)
         with torch.autocast(device, enabled=False):
             narrow, bias = weight.to(dtype), bias.float()
@@ -90,10 +91,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += of_bias
                 torch.mm(products, narrow, out=grad_rows[start : start + chunk])
                 if dtype is torch.float32:
-                    torch.addmm(grad_weight, products.t(), part, out=grad_weight)
-                else:
+                    torch.addmm(grad_weight, products.t(), part, beta=min(start, 1), out=grad_weight)
+                elif start:
                     grad_weight += products.t() @ part
+                else:
+                    grad_weight.copy_(products.t() @ part)
         if wants_grad:
+            if not len(rows):
+                grad_weight.zero_()
             ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.mark_non_differentiable(right)
         return total, right

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import native
+from .autocast import product_dtype
 from .dropout import Dropout
 
 
@@ -36,7 +37,7 @@ def dense_activation(rows: Tensor, dense: nn.Linear, activation: Callable[[Tenso
     The kernel's GELU is right to 1e-6, which bfloat16 does not tell; float32 is left to torch.
     """
     kernel = _kernel_for(dense, rows) if activation is F.gelu else None
-    if kernel is None or native.product_dtype(rows) is not torch.bfloat16:
+    if kernel is None or product_dtype(rows) is not torch.bfloat16:
         return activation(dense(rows))
     activated: Tensor = _Gelu.apply(F.linear(rows, dense.weight), dense.bias, kernel)
     return activated

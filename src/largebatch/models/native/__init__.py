@@ -15,6 +15,7 @@ from torch import Tensor
 
 from largebatch import compiled
 
+from ..autocast import product_dtype
 from ..dropout import scale_of, threshold
 
 _ADDRESS, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -211,12 +212,6 @@ class Kernel:
             torch.get_num_threads(),
         )
         return losses.sum(), right.sum(), of_bias.sum(0)
-
-
-def product_dtype(rows: Tensor) -> torch.dtype:
-    """Return which dtype a matrix product of such rows has."""
-    device = rows.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
 def _of_dropout(prob: float) -> tuple[int, float]:
