@@ -46,7 +46,7 @@ SHARED = ("isa.c", "threads.c")
 OPTIM = Kernel(("optim",), {"kernel.c": "largebatch"}, ("step.c", *SHARED), HERE / "optim" / "native_fuzz.c")
 MODELS = Kernel(
     ("optim", "models"),
-    {"attention.c": "attention", "norm.c": "norm", "loss.c": "loss"},
+    {"attention.c": "attention", "norm.c": "norm", "gelu.c": "gelu", "loss.c": "loss"},
     ("calls.c", *SHARED),
     HERE / "models" / "bert_fuzz.c",
 )
