@@ -1,6 +1,8 @@
 """The benchmarks measure what they say: the models' shapes, ratios to the unit, and figures that can be read again."""
 
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -80,6 +82,31 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "gpt: no such model here; choose among bert-mini" in capsys.readouterr().err
     assert main(["bench", "data", "--text", str(tmp_path / "none.txt")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_benchmarks_without_time_are_named(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "benchmarks", "--budget-s", "5", "--out", str(tmp_path)]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    lines = [f"benchmark failed: {name}: no time left" for name in ("optim", "optim-default-allocator", "bert", "data")]
+    assert ended.stderr.splitlines() == lines
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_contender_that_fails_costs_no_other_its_figures(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(params: object) -> object:
+        raise RuntimeError("out of memory")
+
+    unit, other, *_ = peers.contenders(CPU, compiled=False)
+    named = [unit, peers.Contender("broken", broken), other, peers.Contender("risky", broken, by_name=True)]
+    monkeypatch.setattr(optim, "contenders", lambda device, compiled: named)
+    said: list[str] = []
+    rows = optim.bench_optim(["bert-base"], CPU, rounds=2, say=said.append)
+    assert [row["name"] for row in rows] == [unit.name, other.name]
+    assert said == ["broken: failed (RuntimeError: out of memory)"]
+    optim.bench_optim(["bert-base"], CPU, rounds=2, only="risky", say=said.append)
+    assert said[1:] == ["risky: failed (RuntimeError: out of memory)"]
 
 
 @pytest.mark.slow
