@@ -1,7 +1,7 @@
 /* GELU of a matrix product and a bias, and the way back, in bfloat16.
  *
  * GELU(x) = x·P(X < x) = max(x, 0) - |x|·P(X > |x|), X normal. The probability, and GELU's slope, are cubics around the
- * nearest of POINTS points, right to 1e-6: some 20 operations where an error function takes 50. This file is compiled
+ * nearest of POINTS points, right to 2e-6: some 20 operations where an error function takes 50. This file is compiled
  * once for each instruction set, with VARIANT as the name of the table at its end.
  */
 #include "rows.h"
