@@ -74,9 +74,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kernel = native.kernel() if device == "cpu" else None
         loss_of = kernel.loss if kernel is not None and kernel.takes_products(rows) else loss
         total, right = rows.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.int64, device=rows.device)
+        grad_weight: Tensor | None = None
         if wants_grad:
             grad_rows = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-            grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=rows.device)
             grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=rows.device)
         with torch.autocast(device, enabled=False):
             narrow, bias = weight.to(dtype), bias.float()
@@ -90,15 +90,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     continue
                 grad_bias += of_bias
                 torch.mm(products, narrow, out=grad_rows[start : start + chunk])
-                if dtype is torch.float32:
-                    torch.addmm(grad_weight, products.t(), part, beta=min(start, 1), out=grad_weight)
-                elif start:
-                    grad_weight += products.t() @ part
+                if grad_weight is None:  # of one chunk it is kept as narrow as the product
+                    grad_weight = products.t() @ part
+                elif dtype is torch.float32:
+                    grad_weight.addmm_(products.t(), part)
                 else:
-                    grad_weight.copy_(products.t() @ part)
+                    grad_weight = grad_weight.float().add_(products.t() @ part)
         if wants_grad:
-            if not len(rows):
-                grad_weight.zero_()
+            if grad_weight is None:
+                grad_weight = torch.zeros_like(weight)
             ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.mark_non_differentiable(right)
         return total, right
@@ -106,8 +106,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        of_inputs = zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
-        return *((saved * grad).to(dtype) if needed else None for saved, dtype, needed in of_inputs), None, None, None
+        inputs = zip(ctx.saved_tensors, ctx.inputs, ctx.needs_input_grad, strict=False)
+        return *(_scaled(saved, grad, dtype) if needed else None for saved, dtype, needed in inputs), None, None, None
+
+
+def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return tensor * factor in ``dtype``; the product is rounded once."""
+    if tensor.dtype is dtype:
+        return tensor * factor
+    return tensor.to(torch.float32).mul_(factor).to(dtype)
 
 
 def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
