@@ -190,6 +190,51 @@ def test_a_state_dict_of_the_base_alone_loads() -> None:
     assert float(optimizer.state[params[0]]["step"]) == 3
 
 
+def test_a_state_dict_of_the_base_alone_keeps_what_is_excluded() -> None:
+    params = matrices()
+    base = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}], lr=0.01)
+    run(base, params, 1)
+    groups = [{"params": params[:1]}, {"params": params[1:], "adapt": False, "phi": (0.1, 2.0)}]
+    optimizer = Layerwise(torch.optim.AdamW(groups, lr=0.5))
+    optimizer.load_state_dict(base.state_dict())
+    assert [(group["adapt"], group["phi"]) for group in optimizer.param_groups] == [(True, None), (False, (0.1, 2.0))]
+
+
+def test_bfloat16_weights_move_however_short_the_bases_step() -> None:
+    """Of 1 they would lose all that is below 2^-9; the ratio must be that of the whole step, to bfloat16's rounding."""
+    gradient = torch.linspace(1e-5, 1e-4, 8)
+    ratios = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(8, dtype=dtype, requires_grad=True)
+        optimizer = Layerwise(torch.optim.SGD([x], lr=0.05))
+        x.grad = gradient.to(dtype)
+        optimizer.step()
+        assert float((x.detach().float() - 1).norm()) == pytest.approx(0.05 * 8**0.5, rel=0.1)
+        assert optimizer.param_groups[0]["lr"] == 0.05
+        ratios[dtype] = float(optimizer.trust_ratios()[0])
+    assert ratios[torch.bfloat16] == pytest.approx(8**0.5 / float(gradient.norm()), rel=0.01)
+    assert ratios[torch.float32] == pytest.approx(ratios[torch.bfloat16], rel=0.01)
+
+
+def test_float16_weights_are_refused_where_they_adapt() -> None:
+    x = torch.ones(3, dtype=torch.float16, requires_grad=True)
+    x.grad = torch.ones_like(x)
+    wide = torch.ones(3, requires_grad=True)
+    wide.grad = torch.ones_like(wide)
+    optimizer = Layerwise(torch.optim.SGD([{"params": [wide]}, {"params": [x]}], lr=0.1))
+    with pytest.raises(ValueError, match="expected float32 or bfloat16 weights where they adapt"):
+        optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+    Layerwise(torch.optim.SGD([x], lr=0.1), adapt=False).step()
+    assert float(x.detach()[0]) == pytest.approx(0.9, rel=1e-3)
+
+
+def test_settings_of_a_group_are_checked() -> None:
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"phi=\(3, 1\): expected"):
+        Layerwise(torch.optim.SGD([{"params": [x], "phi": (3, 1)}], lr=0.1))
+
+
 # ---- a small transformer ----
 
 

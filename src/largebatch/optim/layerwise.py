@@ -19,6 +19,11 @@ from .wrapper import Wrapper
 NOT_LINEAR = (LBFGS, ASGD, Rprop, Adafactor)
 
 
+# The rate at which the base optimizer moves bfloat16 weights. At 1 a weight that moves by less than 2^-9 of itself
+# stays where it is; at this one by less than 2^-33.
+LONG_STEP = 2.0**24
+
+
 class Moved(NamedTuple):
     """A layer that the base optimizer has moved."""
 
@@ -27,12 +32,14 @@ class Moved(NamedTuple):
     old: Tensor  # what x was, if its group adapts
     group: dict[str, Any]
     cut: norms.Cut
+    rate: float  # at which it was moved, if its group adapts
 
 
 class Layerwise(Wrapper):
     r"""Any optimizer made layerwise: x ← x − η · φ(‖x‖)/‖u‖ · u, where u is the base optimizer's step at rate 1.
 
     1. The base optimizer takes its step with the learning rate 1, which moves x by −u, weight decay included.
+       (bfloat16 weights move at 2²⁴, and u is that difference over 2²⁴: to them x − u would often be x.)
     2. The factor φ(‖x‖)/‖u‖ is reckoned, 1 if ‖x‖ or ‖u‖ is zero.
     3. x is set to what it was, minus η times the factor times u.
 
@@ -41,8 +48,8 @@ class Layerwise(Wrapper):
     `LARS` are faster and more exact: here a float32 u is the difference of two weights, which rounds it at 6e-8 of the
     larger of |x| and |u|, and a copy of the adapted weights is held during the step.
 
-    A layer whose step is not finite stays where it was, and `trust_ratios()` says NaN for it; but what a gradient of
-    inf or NaN did to the state is up to the base optimizer, and most of torch's keep it for ever.
+    A layer that adapts and whose step is not finite stays where it was, and `trust_ratios()` says NaN for it; but what
+    a gradient of inf or NaN did to the state is up to the base optimizer, and most of torch's keep it for ever.
 
     The base optimizer must be linear in its learning rate: its state may not depend on it, nor its update other than
     by a factor. Of torch's own, LBFGS, ASGD, Rprop and Adafactor are not.
@@ -55,7 +62,8 @@ class Layerwise(Wrapper):
         adapt: False turns the trust ratio off, and leaves the base optimizer as it is.
 
     Raises:
-        ValueError: a setting out of range, or a base optimizer that is not linear in its learning rate.
+        ValueError: a setting out of range, or a base optimizer that is not linear in its learning rate; in a step,
+            float16 weights that are to adapt, whose range has no room for the difference.
 
     Example:
         >>> from largebatch import Layerwise
@@ -107,20 +115,20 @@ class Layerwise(Wrapper):
         return loss
 
     def _step_at_unit_rate(self) -> Iterable[list[Moved]]:
-        """Let the base optimizer step, adapted groups at rate 1, and return what it moved, device by device."""
+        """Let the base optimizer step, adapted groups at one rate, and return what it moved, device by device."""
         by_device: dict[torch.device, list[Moved]] = {}
         position, rates = self.first_layer, [group["lr"] for group in self.param_groups]
-        for group in self.param_groups:
+        for group, rate in zip(self.param_groups, [unit_rate(group) for group in self.param_groups], strict=True):
             names = group.get("param_names", [None] * len(group["params"]))
             for x, name in zip(group["params"], names, strict=True):
                 parts = norms.parts(x, name, position)
                 position += len(parts)
                 if x.grad is not None:
                     old = x.detach().clone() if group["adapt"] else x
-                    layers = [Moved(part.name, part.of(x), part.of(old), group, part.cut) for part in parts]
+                    layers = [Moved(part.name, part.of(x), part.of(old), group, part.cut, rate) for part in parts]
                     by_device.setdefault(x.device, []).extend(layers)
             if group["adapt"]:
-                group["lr"] = torch.ones_like(group["lr"]) if isinstance(group["lr"], Tensor) else 1.0
+                group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
         try:
             self.base.step()
         finally:
@@ -138,19 +146,30 @@ class Layerwise(Wrapper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the base optimizer alone."""
+        own = [{key: group[key] for key in ("phi", "adapt")} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, own, strict=True):
+            group.update(settings | group)  # where the loaded group lacks one, it stays as it was
         self._follow_base()
 
     def _follow_base(self) -> None:
         for group in self.param_groups:
             for key in ("phi", "adapt"):
                 group.setdefault(key, self.defaults[key])
+            check_phi(group["phi"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "norm": self.norm, "defaults": self.defaults, "_ratios": [[]]}
 
 
+def unit_rate(group: dict[str, Any]) -> float:
+    """Return the rate at which the base optimizer is to move a group that adapts."""
+    dtypes = {x.dtype for x in group["params"] if x.grad is not None and group["adapt"]}
+    check("params", torch.float16, torch.float16 not in dtypes, "float32 or bfloat16 weights where they adapt")
+    return LONG_STEP if torch.bfloat16 in dtypes else 1.0
+
+
 def update(layer: Moved) -> Tensor:
-    """Return u, by which the step at rate 1 moved the layer."""
+    """Return u, by which a step at rate 1 moves the layer."""
     dtype = compute_dtype(layer.x)
-    return layer.old.to(dtype) - layer.x.to(dtype)
+    return (layer.old.to(dtype) - layer.x.to(dtype)) / layer.rate
