@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from largebatch import Layerwise
+from largebatch import LAMB, LARS, Layerwise
 
 pytest.importorskip("expecttest", reason="torch describes its optimizers in a module that needs expecttest")
 from test_conformance import (
@@ -85,6 +85,47 @@ def test_an_older_state_dict_takes_the_defaults(info: OptimizerInfo) -> None:
         step_alike(twin, plain)
         assert_equal(list(weights(twin)), list(weights(plain)), rtol=0, atol=0)
         assert_equal(twin.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+@every_optimizer
+def test_settings_that_a_state_dict_lacks_stay_as_they_are_in_each_group(info: OptimizerInfo) -> None:
+    given = info.optim_inputs_func("cpu")[0]
+
+    def made(**settings: Any) -> Optimizer:
+        torch.manual_seed(0)
+        groups = [{"params": [Parameter(torch.randn(3, 2))]}, {"params": [Parameter(torch.randn(3))], **settings}]
+        return info.optim_cls(groups, **given.kwargs)
+
+    source, target = made(), made(adapt=False, phi=(0.5, 2.0))
+    step_alike(source)
+    state_dict = copy.deepcopy(source.state_dict())
+    for group in state_dict["param_groups"]:
+        del group["adapt"], group["phi"]
+    target.load_state_dict(state_dict)
+    settings = [(group["adapt"], group["phi"]) for group in target.param_groups]
+    assert settings == [(source.param_groups[0]["adapt"], source.param_groups[0]["phi"]), (False, (0.5, 2.0))]
+
+
+def test_adamws_state_dict_makes_no_decay_decoupled() -> None:
+    x, y = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2))
+    source = torch.optim.AdamW([x], lr=0.3)
+    step_alike(source)
+    optimizer = LAMB([y], decoupled_weight_decay=False)
+    optimizer.load_state_dict(source.state_dict())
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["decoupled_weight_decay"]) == (0.3, False)
+    assert torch.equal(optimizer.state[y]["exp_avg"], source.state[x]["exp_avg"])
+
+
+@pytest.mark.parametrize("kind", [LAMB, LARS])
+def test_another_rules_state_is_refused_before_anything_changes(kind: type[Optimizer]) -> None:
+    x, y = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2))
+    source, optimizer = torch.optim.RMSprop([x]), kind([y], lr=0.1)
+    step_alike(source, optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"state_dict=.*'square_avg'.*: expected (exp_avg and|momentum_buffer)"):
+        optimizer.load_state_dict(source.state_dict())
+    assert_equal(optimizer.state_dict(), before, rtol=0, atol=0)
 
 
 @every_optimizer

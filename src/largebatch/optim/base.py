@@ -203,14 +203,24 @@ class LayerwiseOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of a torch optimizer with the same state keys.
 
-        The tensors keep the dtype that this optimizer gives its state, where torch would round them to the
-        parameter's.
+        Settings that its groups lack stay as they are in the group here. The tensors keep the dtype that this optimizer
+        gives its state, where torch would round them to the parameter's.
 
         Raises:
-            ValueError: groups that do not match, or moments without their step count.
+            ValueError: groups that do not match, moments without their step count, or another rule's state; nothing
+                is changed then.
         """
         as_loaded: dict[str, Any] = {}
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: as_loaded.update(loaded))  # after the user's
+
+        def complete(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            for state in loaded["state"].values():
+                self._check_state(state)
+            pairs = zip(loaded["param_groups"], self.param_groups, strict=False)  # torch says if there are too few
+            groups = [self._completed(group, own) for group, own in pairs]
+            as_loaded.update(loaded, param_groups=groups + loaded["param_groups"][len(groups) :])
+            return as_loaded
+
+        handle = self.register_load_state_dict_pre_hook(complete)  # after the user's
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -224,9 +234,22 @@ class LayerwiseOptimizer(Optimizer):
                     dtype = torch.float32 if key == "master_param" else precision.state_dtype(x, self.state_dtype)
                     state[key] = loaded[key].detach().to(x.device, dtype, copy=True)
             if self.counts_steps and state:
-                check("state_dict", sorted(map(str, state)), "step" in state, "a step count beside every state")
                 step = torch.as_tensor(state["step"], dtype=torch.float32, device=step_device(x, group))
                 state["step"] = step.clone()
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError for a loaded state that is not this rule's."""
+        if state:
+            found = sorted(map(str, state))
+            check("state_dict", found, not self.counts_steps or "step" in state, "a step count beside every state")
+            check("state_dict", found, state.keys() >= set(self.state_keys), f"{' and '.join(self.state_keys)}")
+
+    def _completed(self, group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        """Return a loaded group with the settings that it lacks, from the group whose place it takes."""
+        theirs = dict(group)
+        if "amsgrad" in theirs:  # torch's Adam, which says by this key that it is AdamW
+            theirs.pop("decoupled_weight_decay", None)
+        return {key: own[key] for key in self.defaults if key in own} | theirs
 
 
 def rate_of(group: dict[str, Any]) -> float | Tensor:
