@@ -54,6 +54,11 @@ def replace_state(optimizer: Watched) -> None:
     state["exp_avg"] = state["exp_avg"] * 2
 
 
+def move_to_the_second_group(optimizer: Watched) -> None:
+    first, second = (group["params"] for group in optimizer.param_groups)
+    second.insert(0, first.pop())  # all parameters are in the same order as before
+
+
 UNSEEN: dict[str, Callable[[Watched], object]] = {
     "another gradient": lambda optimizer: setattr(first(optimizer), "grad", torch.ones(4, 3)),
     "another rate": lambda optimizer: optimizer.param_groups[1].update(lr=0.3),
@@ -64,6 +69,7 @@ SEEN: dict[str, Callable[[Watched], object]] = {
     "a gradient gone": lambda optimizer: setattr(first(optimizer), "grad", None),
     "another parameter": lambda optimizer: optimizer.param_groups[0]["params"].__setitem__(1, new_parameter(7)),
     "parameters in another order": lambda optimizer: optimizer.param_groups[0]["params"].reverse(),
+    "a parameter in another group": move_to_the_second_group,
     "another group": lambda optimizer: optimizer.add_param_group({"params": [new_parameter(8)]}),
     "a copy of a group": lambda optimizer: optimizer.param_groups.__setitem__(1, dict(optimizer.param_groups[1])),
     "another state": replace_state,

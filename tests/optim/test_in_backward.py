@@ -117,6 +117,23 @@ def test_a_broken_gradient_holds_its_layer() -> None:
     assert all(x.isfinite().all() for x in model.parameters())
 
 
+def test_frozen_parameters() -> None:
+    """They get no hook, which would fail; thawed they move in the ordinary step."""
+    (model, optimizer), (twin, ordinary) = ((m, LAMB(param_groups(m))) for m in (Network(), Network()))
+    twin.load_state_dict(model.state_dict())
+    model.first.weight.requires_grad_(False)
+    twin.first.weight.requires_grad_(False)
+    optimizer_in_backward(optimizer)
+    train(model, optimizer, range(2))
+    train(twin, ordinary, range(2))
+    model.first.weight.requires_grad_(True)
+    twin.first.weight.requires_grad_(True)
+    train(model, optimizer, range(2, 4))
+    train(twin, ordinary, range(2, 4))
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), twin.parameters(), strict=True))
+    assert optimizer.trust_ratios() == ordinary.trust_ratios()
+
+
 def test_accumulation_is_refused() -> None:
     model = Network()
     optimizer_in_backward(LAMB(param_groups(model)))

@@ -114,9 +114,10 @@ class Gathered:
 
 def sources(optimizer: "LayerwiseOptimizer", grads: Grads) -> Sources:
     """List all objects that layers are gathered from."""
-    params = [x for group in optimizer.param_groups for x in group["params"]]
+    groups = optimizer.param_groups
+    params = list(chain.from_iterable((*group["params"], None) for group in groups))  # None ends a group
     tensors = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
-    return [list(optimizer.param_groups), params, [g is None for g in grads], tensors]
+    return [list(groups), params, [g is None for g in grads], tensors]
 
 
 def scaling_of(optimizer: "LayerwiseOptimizer", device: torch.device) -> Scaling | None:

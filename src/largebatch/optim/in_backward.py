@@ -18,7 +18,8 @@ class InBackward:
         self._with_grad_norm = with_grad_norm
         self._squares: dict[Tensor, Tensor] = {}  # of the gradients of this step
         self._moved: set[Tensor] = set()  # since the last `optimizer.step()`
-        self._twins = {member.x: Twin(optimizer, [member]) for member in members_of(optimizer)}
+        members = [member for member in members_of(optimizer) if member.x.requires_grad]
+        self._twins = {member.x: Twin(optimizer, [member]) for member in members}
         self._hooks: list[Any] = []
         for x in self._twins:
             self._hooks.append(x.register_post_accumulate_grad_hook(self._move))  # type: ignore[no-untyped-call]
@@ -84,7 +85,8 @@ def optimizer_in_backward(optimizer: Optimizer, *, with_grad_norm: bool = False)
 
     Args:
         optimizer: `LAMB`, `LARS`, `Layerwise` or their kin, or one of torch's that moves every layer by itself. Groups
-            that are added later, and parameters whose gradients are assigned, move in ``optimizer.step()``.
+            that are added later, parameters that are frozen now, and such as are assigned their gradients move in
+            ``optimizer.step()``.
         with_grad_norm: measure every gradient before it goes, for `InBackward.grad_norm`.
 
     Returns:

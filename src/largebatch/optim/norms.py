@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_dense
 from .precision import WHOLE, Origin
 
 Phi = None | tuple[float, float] | Callable[[Tensor], Tensor]
@@ -119,6 +120,7 @@ def global_norm(params: Sequence[Tensor]) -> Tensor:
 
     One all-reduce for each process group over which any of them is cut.
     """
+    check_dense(x.grad for x in params)
     held = [local(x.grad) for x in params]
     return norm_from_squares(join(measure(held, "l2"), range(len(held)), "l2"), params)
 
@@ -130,6 +132,7 @@ def norm_from_squares(squares: Tensor, params: Sequence[Tensor]) -> Tensor:
 
 def square(x: Tensor) -> Tensor:
     """Return the sum of squares, [1], of what this process holds of the gradient of ``x``."""
+    check_dense([x.grad])
     return join(measure([local(x.grad)], "l2"), [0], "l2")
 
 
