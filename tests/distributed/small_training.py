@@ -109,9 +109,9 @@ def few_steps(block: nn.Module, forward: Any, clips: bool = True, in_backward: b
     for _ in range(3):
         optimizer.zero_grad()
         forward(x).square().sum().backward()
-        norm = handle.grad_norm() if handle else global_grad_norm(block)
+        norm = handle.grad_norm() if handle else global_grad_norm(list(block.parameters()))
         if clips:
-            scale_gradients(block, 0.1 / norm)
+            scale_gradients(list(block.parameters()), 0.1 / norm)
         norms.append(float(norm))
         optimizer.step()
     return norms

@@ -42,6 +42,63 @@ def test_only_the_newest_are_kept(tmp_path: Path):
     assert checkpoint.latest(tmp_path).name == "step-00000010"
 
 
+@pytest.mark.parametrize("keep", [0, -1])
+def test_to_keep_none_is_refused(tmp_path: Path, keep: int):
+    with pytest.raises(ValueError, match=f"keep={keep}: expected at least 1, or None"):
+        checkpoint.save(tmp_path, *trained(), Progress(step=1), keep=keep)
+    assert not any(tmp_path.iterdir())
+
+
+class Counting(torch.optim.Optimizer):
+    """Momentum whose step counts are plain numbers, in the state and in the group, as some keep them."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for x in group["params"]:
+                state = self.state[x]
+                state["step"] = state.get("step", 0) + 1
+                state["m"] = state.get("m", 0) + x.grad
+
+
+def test_an_optimizers_plain_numbers_come_back(tmp_path: Path):
+    model = nn.Linear(3, 4)
+    optimizer, other = Counting(model.parameters()), Counting(model.parameters())
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    checkpoint.load(checkpoint.save(tmp_path, model, optimizer, Progress(step=3)), model, other)
+    assert [group["step"] for group in other.param_groups] == [3]
+    for x, state in optimizer.state.items():
+        assert other.state[x]["step"] == 3
+        assert torch.equal(other.state[x]["m"], state["m"])
+
+
+def test_what_no_checkpoint_can_hold_is_refused(tmp_path: Path):
+    model, optimizer = trained()
+    optimizer.state[model.weight]["history"] = [1, 2]
+    with pytest.raises(UserError, match="no checkpoint can hold the optimizer's 'history' of weight, list"):
+        checkpoint.save(tmp_path, model, optimizer, Progress(step=1))
+
+
+def test_a_checkpoint_of_another_optimizer_changes_nothing(tmp_path: Path):
+    model, _ = trained()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sgd.step()
+    saved = checkpoint.save(tmp_path, model, sgd, Progress(step=1))
+    other, optimizer = trained()
+    before = {key: x.clone() for key, x in optimizer.state[other.weight].items()}
+    weight = other.weight.clone()
+    with pytest.raises(UserError, match=r"step-00000001 does not fit the optimizer: state_dict="):
+        checkpoint.load(saved, other, optimizer)
+    assert torch.equal(other.weight, weight)
+    assert all(torch.equal(x, before[key]) for key, x in optimizer.state[other.weight].items())
+
+
 def test_a_save_that_fails_leaves_the_old_one_and_no_half(tmp_path: Path, monkeypatch):
     model, optimizer = trained()
     checkpoint.save(tmp_path, model, optimizer, Progress(step=1))

@@ -187,7 +187,7 @@ def test_clipping_brings_the_norm_down_to_the_limit(max_norm):
     assert not one.clipped
     for a, b in zip(free.model.parameters(), clipped.model.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad * (max_norm / one.grad_norm))
-    assert global_grad_norm(clipped.model) <= max_norm * (1 + 1e-6)
+    assert global_grad_norm(list(clipped.model.parameters())) <= max_norm * (1 + 1e-6)
 
 
 def test_a_small_gradient_is_not_scaled_up():
@@ -289,6 +289,62 @@ def test_a_probe_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(weights(engine), before, strict=True))
     assert all(parameter.grad is None for parameter in engine.model.parameters())
+
+
+def test_a_probe_leaves_batch_norm_and_no_gradients_when_it_fails():
+    engine = engine_of()
+    engine.model = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES))
+    before = {name: x.clone() for name, x in engine.model.state_dict().items()}
+    micro_batch = next(batches_of(6)(0, None)).micro_batches[1]
+    engine.probe(micro_batch)
+    assert all(torch.equal(x, before[name]) for name, x in engine.model.state_dict().items())
+
+    def out_of_memory(grad):
+        raise torch.OutOfMemoryError("out of memory")
+
+    engine.model[0].weight.register_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.probe(micro_batch)
+    assert all(x.grad is None for x in engine.model.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in engine.model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])
+def test_a_norm_that_is_none_to_clip_to_is_refused(norm):
+    with pytest.raises(ValueError, match=f"max_grad_norm={norm}: expected a number above 0, or None"):
+        next(engine_of(max_grad_norm=norm).run())
+
+
+def test_only_what_the_optimizer_moves_counts_as_gradient():
+    """A head on a body that is not frozen: the body's gradients neither pile up nor clip the head's."""
+    whole, head = engine_of(), engine_of()
+    whole.model[0].requires_grad_(False)
+    for engine in (whole, head):
+        engine.optimizer = LAMB(engine.model[3].parameters(), lr=1.0)
+    expected, results = list(whole.run()), list(head.run())
+    assert [result.grad_norm for result in results] == [result.grad_norm for result in expected]
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(head), strict=True))
+
+
+def test_stages_that_have_no_steps_or_too_few_batches_are_named():
+    engine = engine_of()
+    engine.stages = [Stage("empty", 0, 12, lambda step: 0.1)]
+    with pytest.raises(ValueError, match="stages: 'empty' has 0 steps"):
+        next(engine.run())
+    engine = engine_of()
+    engine.batches = lambda stage, cursor: itertools.islice(batches_of(6)(stage, cursor), 2)
+    with pytest.raises(ValueError, match="batches: they end before step 3 of 5 of 'one'"):
+        list(engine.run())
+    assert engine.progress.step == 2
+
+
+def test_sparse_gradients_are_refused_by_name():
+    engine = engine_of()
+    engine.model[0] = nn.EmbeddingBag(8, 16, sparse=True)
+    engine.optimizer = torch.optim.SGD(engine.model.parameters(), lr=0.1)
+    engine.loss = lambda model, batch, totals: (model(torch.zeros(2, 3, dtype=torch.long)).sum(), {})
+    with pytest.raises(ValueError, match="sparse gradients are not supported"):
+        next(engine.run())
 
 
 def test_an_error_in_the_data_reaches_the_caller():

@@ -24,7 +24,13 @@ def save(
 
     All ranks of the run call it, and each writes what it holds. The checkpoint is written beside its place and renamed
     into it, so a run killed at any moment leaves either the whole checkpoint or none.
+
+    Raises:
+        ValueError: `keep` is neither None, for all, nor at least 1.
+        UserError: the optimizer keeps something that no checkpoint can hold.
     """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep={keep}: expected at least 1, or None to keep all checkpoints")
     target = folder / f"step-{progress.step:08d}"
     partial = folder / f".partial-{target.name}"
     if distributed.is_chief():
@@ -32,14 +38,20 @@ def save(
         partial.mkdir(parents=True)
     distributed.barrier()
     tensors = {f"model.{name}": x for name, x in _tensors_of(model)}
+    numbers: dict[str, dict[str, Any]] = {}
     for name, _, state in _states(model, optimizer):
         tensors |= {f"optimizer.{name}.{key}": x for key, x in state.items() if isinstance(x, Tensor)}
+        numbers[name] = {key: x for key, x in state.items() if not isinstance(x, Tensor) and x is not None}
+        for key, x in numbers[name].items():
+            if not isinstance(x, int | float):
+                raise UserError(f"no checkpoint can hold the optimizer's {key!r} of {name}, {type(x).__name__}")
     distributed.write_tensors(tensors, partial)
     if distributed.is_chief():
         manifest = {
             "version": FORMAT_VERSION,
             "progress": asdict(progress),
             "tied": _tied(model),
+            "optimizer": {"numbers": numbers, "groups": [_counters(optimizer, g) for g in optimizer.param_groups]},
             "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
         }
         (partial / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
@@ -90,13 +102,19 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     _read(checkpoint, read)
     if optimizer is not None:
         state_dict = optimizer.state_dict()
-        numbers = {id(x): n for n, x in enumerate(_params(optimizer))}
-        state_dict["state"] = {
-            numbers[id(parameter)]: {key: read[f"optimizer.{name}.{key}"] for key in keys[name]}
-            for name, parameter, _ in _states(model, optimizer)
-            if keys[name]
-        }
-        optimizer.load_state_dict(state_dict)
+        kept = manifest.get("optimizer", {"numbers": {}, "groups": []})  # older ones lack it
+        places = {id(x): n for n, x in enumerate(_params(optimizer))}
+        state_dict["state"] = {}
+        for name, parameter, _ in _states(model, optimizer):
+            tensors = {key: read[f"optimizer.{name}.{key}"] for key in keys[name]}
+            if state := tensors | kept["numbers"].get(name, {}):
+                state_dict["state"][places[id(parameter)]] = state
+        for group, counters in zip(state_dict["param_groups"], kept["groups"], strict=False):
+            group.update(counters | group)
+        try:
+            optimizer.load_state_dict(state_dict)
+        except ValueError as error:
+            raise UserError(f"{checkpoint} does not fit the optimizer: {error}") from None
     with torch.no_grad():
         for name, x in weights.items():
             x.copy_(read[f"model.{name}"])
@@ -133,6 +151,12 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tupl
     names = {id(x): name for name, x in model.named_parameters()}
     for x in _params(optimizer):
         yield names[id(x)], x, optimizer.state.get(x, {})
+
+
+def _counters(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that an optimizer keeps in a group beside its settings, as some do their step count."""
+    settings = {"lr_scale", "initial_lr", *optimizer.defaults}
+    return {key: x for key, x in group.items() if isinstance(x, int | float) and key not in settings}
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -119,8 +119,8 @@ class Engine:
 
     Args:
         model: on the device it trains on, the same on every rank.
-        optimizer: any `torch.optim.Optimizer` over the model's parameters. The learning rate of every group is set
-            to the stage's, times the group's `lr_scale` where it has one.
+        optimizer: any `torch.optim.Optimizer` over parameters of the model, whose gradients are clipped together. The
+            learning rate of every group is set to the stage's, times the group's `lr_scale` where it has one.
         stages: in order.
         batches: `batches(stage_index, cursor)` iterates over the global batches of a stage, from the cursor on.
         loss: `loss(model, micro_batch, totals)` gives this micro-batch's contribution to the global mean loss, and to
@@ -160,7 +160,13 @@ class Engine:
 
         Raises:
             TrainingDiverged: `max_skipped` steps in a row had a gradient that is not finite.
+            ValueError: a setting out of range, a stage without steps, or one whose batches run out.
         """
+        for stage in self.stages:
+            if stage.steps < 1:
+                raise ValueError(f"stages: {stage.name!r} has {stage.steps} steps, expected at least 1")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm}: expected a number above 0, or None for no clipping")
         if self.in_backward and self.max_grad_norm is not None:
             raise ValueError(f"max_grad_norm={self.max_grad_norm}: expected None with in_backward")
         if self.in_backward and self.autocast == "fp16":
@@ -202,21 +208,33 @@ class Engine:
                 batches.close()
 
     def probe(self, micro_batch: MicroBatch) -> None:
-        """Run forward and backward on a micro-batch, and leave weights, gradients and random state as they were."""
+        """Run forward and backward on a micro-batch, and leave the model and the random state as they were.
+
+        Gradients are let go of, also where memory runs out on the way.
+        """
         device = next(self.model.parameters()).device
-        random_state = torch.get_rng_state()
         totals: dict[str, Tensor] = collections.defaultdict(lambda: torch.ones((), device=device))
+        buffers = [(x, x.clone()) for x in self.model.buffers()]  # of BatchNorm, which counts every forward pass
         self.model.train()
-        with self._autocast(device):
-            loss, _ = self.loss(self.model, to_device(micro_batch, device), totals)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.set_rng_state(random_state)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                with self._autocast(device):
+                    loss, _ = self.loss(self.model, to_device(micro_batch, device), totals)
+                loss.backward()  # type: ignore[no-untyped-call]
+            finally:
+                self.model.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    for x, before in buffers:
+                        x.copy_(before)
 
     def _step(self, stage: Stage, batches: Iterator[GlobalBatch], replicas: distributed.Replicas) -> StepResult:
         device = next(self.model.parameters()).device
         clock = StepClock(device, self.breakdown)
-        batch = next(batches)
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(
+                f"batches: they end before step {self.progress.stage_step + 1} of {stage.steps} of {stage.name!r}"
+            )
         data_s = clock.mark("data")
 
         if self.in_backward and len(batch.micro_batches) > 1:
@@ -227,7 +245,7 @@ class Engine:
         set_learning_rate(self.optimizer, learning_rate)
         totals, (num_sequences, num_tokens, flops) = _global_counts(batch, device)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         scale = self.progress.loss_scale if self.autocast == "fp16" else 1.0
         sums: dict[str, Tensor] = {}
         for index, micro_batch in enumerate(batch.micro_batches):
@@ -240,7 +258,8 @@ class Engine:
                 clock.mark("backward")
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value.float() if name in sums else value.float()
-        grad_norm = global_grad_norm(self.model) / scale if self._moves is None else self._moves.grad_norm()
+        moved = [x for group in self.optimizer.param_groups for x in group["params"]]
+        grad_norm = global_grad_norm(moved) / scale if self._moves is None else self._moves.grad_norm()
 
         # One transfer, and so one wait for the device, tells everything about the step.
         stop = torch.tensor(float(self.stop()), device=device)
@@ -249,9 +268,9 @@ class Engine:
         finite = norm < float("inf")  # false for NaN as well
         clipped = finite and self.max_grad_norm is not None and norm > self.max_grad_norm
         if clipped:
-            _scale_gradients(self.model, self.max_grad_norm / grad_norm / scale)
+            _scale_gradients(moved, self.max_grad_norm / grad_norm / scale)
         elif scale != 1 and finite:
-            _scale_gradients(self.model, torch.tensor(1 / scale, device=device))
+            _scale_gradients(moved, torch.tensor(1 / scale, device=device))
         clock.mark("reduction")
         if finite or self._moves is not None:
             self.optimizer.step()
@@ -329,16 +348,19 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The micro-batch on `device`; itself where it is there already."""
     if device.type == "cpu":
         return micro_batch
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+    return {
+        name: x if x.device.type == device.type else x.pin_memory().to(device, non_blocking=True)
+        for name, x in micro_batch.items()
+    }
 
 
 @torch.no_grad()
-def global_grad_norm(model: nn.Module) -> Tensor:
+def global_grad_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The l2 norm over all gradients, a 0-D tensor; over the whole of them, where they are cut over ranks.
 
     Gradients that are sums still to be taken over ranks are taken, in place.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
     for parameter, gradient in zip(parameters, norms.gradients(parameters), strict=True):
         if gradient is not parameter.grad:
             parameter.grad = gradient
@@ -346,8 +368,8 @@ def global_grad_norm(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _scale_gradients(model: nn.Module, factor: Tensor) -> None:
-    gradients = [norms.local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+def _scale_gradients(parameters: Sequence[Tensor], factor: Tensor) -> None:
+    gradients = [norms.local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 
