@@ -76,6 +76,22 @@ def test_what_cannot_go_with_it_is_refused(corpus: Path, tmp_path: Path, setting
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("max_grad_norm=0", r"max_grad_norm is 0\.0; it must be above 0, or none not to clip"),
+        ("keep_checkpoints=-1", "keep_checkpoints is -1; it must be at least 1, or none to keep all"),
+        ("evaluate_every=-1", "evaluate_every is -1; it must be a number of steps, or 0"),
+    ],
+)
+def test_numbers_that_would_mean_something_else_are_refused(
+    corpus: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(small_bert(corpus, setting), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["lars", "adamw"])
 def test_other_optimizers_are_offloaded(corpus: Path, tmp_path: Path, name: str) -> None:
     short = [f"stages.{stage}.{key}" for stage in (0, 1) for key in ("steps=1", "warmup_steps=0")]

@@ -69,7 +69,7 @@ class RunConfig:
     max_grad_norm: float | None = 1.0
     evaluate_every: int = 0  # steps; 0: at the end of each stage only
     checkpoint_every: int = 1000  # steps; besides the end of each stage
-    keep_checkpoints: int = 2
+    keep_checkpoints: int | None = 2  # the newest; none: all
     trust_ratios_every: int = 50  # steps; 0: never
     tensorboard: bool = False
 

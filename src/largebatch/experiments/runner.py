@@ -135,6 +135,7 @@ def prepare_engine(config: RunConfig, device: torch.device, on_event: OnEvent) -
         precision=_precision(config.precision, device),
         dropout_masks=_dropout_masks(config.dropout_masks, device),
     )
+    _check_ranges(config)
     _check_in_backward(config)
     workload = build_workload(config)
     config = workload.config
@@ -330,6 +331,17 @@ def _check_sizes(stage: StageConfig, where: str) -> None:
             f"{where}.batch_size is {rank_batch}{of}, no multiple of the micro-batch {size}; "
             f"set {where}.micro_batch_size to a divisor, or to none to have it found"
         )
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Refuse numbers that would do something else than they seem to say."""
+    for name in ("evaluate_every", "checkpoint_every", "trust_ratios_every"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be a number of steps, or 0")
+    if config.keep_checkpoints is not None and config.keep_checkpoints < 1:
+        raise UserError(f"keep_checkpoints is {config.keep_checkpoints}; it must be at least 1, or none to keep all")
+    if config.max_grad_norm is not None and not config.max_grad_norm > 0:
+        raise UserError(f"max_grad_norm is {config.max_grad_norm}; it must be above 0, or none not to clip")
 
 
 def _check_in_backward(config: RunConfig) -> None:
