@@ -182,3 +182,20 @@ def test_a_vocabulary_may_have_windows_line_ends_and_be_named_by_its_directory(t
     assert Vocabulary.read(tmp_path).tokens == (*SPECIAL_TOKENS, "the", "##s")
     with pytest.raises(UserError, match="no such vocabulary"):
         Vocabulary.read(tmp_path / "other.txt")
+
+
+def test_a_vocabulary_may_hold_a_piece_that_is_blank(tmp_path) -> None:
+    """As that of bert-base-chinese does: U+2028, at which some would break the line."""
+    vocabulary = Vocabulary((*SPECIAL_TOKENS, "the", "\u2028", "##s"))
+    save_tokenizer(vocabulary, True, tmp_path)
+    assert Vocabulary.read(tmp_path).tokens == vocabulary.tokens
+
+
+def test_characters_are_counted_alike_however_the_text_is_cut(monkeypatch) -> None:
+    texts = ["Für 中文", "", "a b\na", "É" * 5]
+    normalizer = plain_tokenizer(Vocabulary((*SPECIAL_TOKENS, "a")), True).normalizer
+    counts = [wordpiece._character_counts(some, normalizer) for some in (texts, ["".join(texts)])]
+    monkeypatch.setattr(wordpiece, "_LOT", 3)
+    counts.append(wordpiece._character_counts(texts, normalizer))
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0]["e"] == 5

@@ -98,12 +98,21 @@ def _ends_sentence(paragraph: str, start: int, match: re.Match[str]) -> bool:
     if lower in _BEFORE_NUMBER and following.isdigit():
         return False
     if word == "I":
-        before = paragraph[start:word_start].split()
-        if before and before[-1][:1].islower():
+        if _word_before(paragraph, start, word_start)[:1].islower():
             return True  # "so am I. He": a pronoun, not an initial
     if lower in _UNDECIDED or _INITIALS.match(word):
         return _next_word(paragraph, match) in _FIRST_WORDS
     return True
+
+
+def _word_before(paragraph: str, start: int, stop: int) -> str:
+    """The last word of paragraph[start:stop], found from its end, as the sentence may be long."""
+    while stop > start and paragraph[stop - 1].isspace():
+        stop -= 1
+    first = stop
+    while first > start and not paragraph[first - 1].isspace():
+        first -= 1
+    return paragraph[first:stop]
 
 
 def _next_word(paragraph: str, match: re.Match[str]) -> str:

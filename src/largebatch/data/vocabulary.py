@@ -54,7 +54,7 @@ class Vocabulary:
         tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
         seen: dict[str, int] = {}
         for number, token in enumerate(tokens, 1):
-            if not token.strip():
+            if not token:  # blanks are no error: bert-base-chinese has U+2028
                 raise UserError(f"{path}, line {number}: empty; a vocabulary holds one word piece per line")
             if token in seen:
                 raise UserError(f"{path}, line {number}: {token!r} repeats line {seen[token]}; remove one of them")

@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokenizers.normalizers import Normalizer
 
 _MAX_CODE_POINTS = 0x110000
+_LOT = 1 << 20  # characters that are counted at a time
 # Punctuation is a word of its own for BERT, whatever stands beside it, so cutting there changes nothing; all of these
 # are of Unicode's category P or ASCII symbols, which is BERT's definition.
 _PUNCTUATION = r"!-/:-@\[-`{-~“”‘’–—…«»"
@@ -169,10 +170,22 @@ def train_vocabulary(texts: Sequence[str], vocab_size: int, lowercase: bool) -> 
     return Vocabulary(tuple(sorted(ids, key=lambda token: (first.get(token, fixed), ids[token]))))
 
 
+def _lots(texts: Sequence[str]) -> Iterator[str]:
+    """Join texts by line breaks: counting costs as much as a million characters, however few there are."""
+    lot, length = [], 0
+    for text in texts:
+        lot.append(text)
+        length += len(text)
+        if length >= _LOT:
+            yield "\n".join(lot)
+            lot, length = [], 0
+    yield "\n".join(lot)
+
+
 def _character_counts(texts: Sequence[str], normalizer: "Normalizer") -> Counter[str]:
     """How often each character occurs after normalisation, which works on each character by itself."""
     raw = np.zeros(_MAX_CODE_POINTS, dtype=np.int64)
-    for text in texts:
+    for text in _lots(texts):
         raw += np.bincount(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), minlength=_MAX_CODE_POINTS)
     counts: Counter[str] = Counter()
     for code_point in np.flatnonzero(raw).tolist():
