@@ -97,9 +97,8 @@ def _ends_sentence(paragraph: str, start: int, match: re.Match[str]) -> bool:
         return False
     if lower in _BEFORE_NUMBER and following.isdigit():
         return False
-    if word == "I":
-        if _word_before(paragraph, start, word_start)[:1].islower():
-            return True  # "so am I. He": a pronoun, not an initial
+    if word == "I" and _word_before(paragraph, start, word_start)[:1].islower():
+        return True  # "so am I. He": a pronoun, not an initial
     if lower in _UNDECIDED or _INITIALS.match(word):
         return _next_word(paragraph, match) in _FIRST_WORDS
     return True
