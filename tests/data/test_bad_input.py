@@ -1,4 +1,4 @@
-"""Every mistake a user can make with the input is one clear line, and leaves nothing behind.
+"""Every mistake a user can make with the input is one clear line, and leaves nothing behind but finished blocks.
 
 Guards: silent skipping of a bad line or file, tracebacks, half-written corpora.
 """
@@ -33,7 +33,6 @@ CASES: dict[str, tuple[str, bytes | None, str]] = {
     "missing": ("nothing.txt", None, r"nothing.txt: there is no such file or directory"),
     "empty": ("a.txt", b"", r"a.txt: the file is empty; remove it from the inputs"),
     "empty within gzip": ("a.txt.gz", gzip.compress(b""), r"a.txt.gz: the file is empty"),
-    "only blank lines": ("a.txt", b"\n \n\n", "no document in the input: every one is empty"),
     "latin-1": (
         "a.txt",
         GOOD + b"caf\xe9 au lait\n",
@@ -50,6 +49,11 @@ CASES: dict[str, tuple[str, bytes | None, str]] = {
     "json of an empty object": ("a.jsonl", b"{}\n", r"a.jsonl, line 1: no field 'text' \(fields: none\)"),
     "json field of numbers": ("a.jsonl", json_lines({"text": 3}), r"line 1: field 'text' holds a JSON int, not text"),
     "json of another kind": ("a.jsonl", b'"text"\n', r"a.jsonl, line 1: holds a JSON str, not an object"),
+    "json nested too deeply": (
+        "a.jsonl",
+        b"\n" + b"[" * 200_000,
+        r"a.jsonl, line 2: JSON nested too deeply to be read",
+    ),
     "json array": ("a.json", b'[\n{"text": "a"}\n]\n', r"a.json, line 1: not JSON .*; a JSON array is not JSON lines"),
     "json cut short": ("a.jsonl", json_lines({"text": "One."}) + b'{"text": "b', r"a.jsonl, line 2: not JSON"),
     "json not utf-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', r"a.jsonl, line 1: not UTF-8 at byte 13"),
@@ -82,11 +86,20 @@ def test_bad_files(tmp_path, vocab, case: str, workers: int) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     before = sorted(tmp_path.iterdir())
-    inputs = [tmp_path / name] if "blank" in case else [good, tmp_path / name]
     with pytest.raises(UserError, match=message) as caught:
-        prepare(inputs, tmp_path / "out", vocab=vocab, workers=workers)
+        prepare([good, tmp_path / name], tmp_path / "out", vocab=vocab, workers=workers)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_no_document_is_left(tmp_path, vocab) -> None:
+    (tmp_path / "blank.txt").write_bytes(b"\n \n\n")
+    (tmp_path / "good.txt").write_bytes(GOOD)
+    with pytest.raises(UserError, match="no document in the input: every one is empty"):
+        prepare([tmp_path / "blank.txt"], tmp_path / "out", vocab=vocab)
+    with pytest.raises(UserError, match="no document is left to train on"):
+        prepare([tmp_path / "good.txt"], tmp_path / "out", vocab=vocab, heldout=0.9999999)
+    assert not (tmp_path / "out").exists()
 
 
 def test_line_and_byte_are_right_beyond_the_first_block(tmp_path, vocab, monkeypatch) -> None:
@@ -128,6 +141,10 @@ def test_bad_tables(tmp_path, vocab) -> None:
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"a.parquet: damaged or not a Parquet file"):
         prepare([tmp_path / "a.parquet"], tmp_path / "out", vocab=vocab)
+    rows = pa.array([b"good"] * 600 + [b"caf\xe9"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": rows}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet, rows 513 to 1024: column 'text' holds what is not UTF-8 \(0xe9\)"):
+        prepare([tmp_path / "b.parquet"], tmp_path / "out", vocab=vocab)
 
 
 def test_bad_vocabularies_and_settings(tmp_path, vocab) -> None:
@@ -143,10 +160,11 @@ def test_bad_vocabularies_and_settings(tmp_path, vocab) -> None:
         ({"vocab": vocab, "heldout": 1.0}, r"the held-out share must lie in \[0, 1\), got 1.0"),
         ({"vocab": vocab, "heldout": -0.1}, "got -0.1"),
         ({"vocab": vocab, "workers": 0}, "workers must be at least 1, got 0"),
-        ({"vocab": vocab, "heldout": 0.9999999}, "no document is left to train on"),
     ):
         with pytest.raises(UserError, match=message):
             prepare([good], tmp_path / "out", **options)
+    with pytest.raises(UserError, match="name a directory to make"):
+        prepare([good], ".", vocab=vocab)
     with pytest.raises(UserError, match="no input given"):
         prepare([], tmp_path / "out", vocab=vocab)
     with pytest.raises(UserError, match=r"folder: no .txt, .*file .* in this directory"):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,33 @@ def test_a_directory_is_read_in_order_of_names_without_what_is_not_text(tmp_path
     ]  # fmt: skip
 
 
+def test_what_is_made_is_not_read(tmp_path, vocab, monkeypatch) -> None:
+    """The output inside the input, by way of a link or not: neither the work in progress nor the corpus is text."""
+    write_text(tmp_path / "a.txt", DOCUMENTS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    for given, out in ((".", "corpus"), (tmp_path, "second"), (tmp_path, "link")):
+        for part in ((1, 2), (2, 2)):
+            prepare_part([given], out, part, vocab_size=300, progress=False)
+        manifest = prepare([given], out, vocab_size=300)
+        assert [entry["name"].split("/")[-1] for entry in manifest.inputs] == ["a.txt"]
+        assert prepare([given], out, vocab_size=300) == manifest
+        (Path(out) / "vocab.txt").rename(tmp_path / "vocab")
+        shutil.rmtree(tmp_path / Path(out).resolve().name)
+    with pytest.raises(UserError, match="not empty and not a corpus"):
+        prepare([tmp_path], tmp_path, vocab=vocab)
+
+
+def test_a_file_name_that_is_not_text(tmp_path, vocab) -> None:
+    try:
+        source = write_text(tmp_path / os.fsdecode(b"caf\xe9.txt"), DOCUMENTS)
+    except OSError:
+        pytest.skip("this file system wants names to be UTF-8")
+    manifest = prepare(source, tmp_path / "out", vocab=vocab)
+    assert manifest.inputs[0]["name"] == r"caf\xe9.txt"
+    assert prepare(str(source), tmp_path / "out", vocab=vocab) == Manifest.read(tmp_path / "out") == manifest
+
+
 def test_hugging_face_data_sets(tmp_path, vocab, monkeypatch) -> None:
     """A saved data set, a saved dictionary of splits, and a directory of files through the loader, without a net."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -162,6 +190,61 @@ def test_hugging_face_data_sets(tmp_path, vocab, monkeypatch) -> None:
     with pytest.raises(UserError, match="is named hf:NAME"):
         prepare(["hf:a:b:c:d"], tmp_path / "bad", vocab=vocab)
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_changed_data_set_is_another_input(tmp_path, vocab, monkeypatch) -> None:
+    """A saved data set by its own fingerprint, one of files by the files' content and not by their age."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    datasets = pytest.importorskip("datasets")
+
+    def write(words: list[str]) -> None:
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        datasets.Dataset.from_dict({"text": words}).save_to_disk(tmp_path / "saved")
+        (tmp_path / "files").mkdir(exist_ok=True)
+        file = tmp_path / "files" / "train.jsonl"
+        file.write_text("".join(json.dumps({"text": word}) + "\n" for word in words))
+        os.utime(file, (len(stamps), len(stamps)))
+        stamps.append(words)
+
+    stamps: list[list[str]] = []
+    write(["The cat.", "A dog."])
+    made = {
+        name: prepare(f"hf:{tmp_path / name}", tmp_path / f"{name}.out", vocab=vocab) for name in ("saved", "files")
+    }
+    write(["The cat.", "A dog."])
+    for name, manifest in made.items():
+        assert prepare([f"hf:{tmp_path / name}"], tmp_path / f"{name}.out", vocab=vocab) == manifest
+    write(["The cat.", "A cow."])
+    for name in made:
+        with pytest.raises(UserError, match="already holds a corpus of other inputs"):
+            prepare([f"hf:{tmp_path / name}"], tmp_path / f"{name}.out", vocab=vocab)
+
+
+def test_the_vocabulary_comes_from_all_of_a_data_set(tmp_path, monkeypatch, small_blocks) -> None:
+    datasets = pytest.importorskip("datasets")
+    texts = ["The first of the words."] * 5000 + ["Zebras quiz."] * 5000
+    datasets.Dataset.from_dict({"text": texts, "id": range(10_000)}).save_to_disk(tmp_path / "saved")
+    prepare(f"hf:{tmp_path / 'saved'}", tmp_path / "out", vocab_size=200, vocab_sample_bytes=30_000, workers=1)
+    assert {"words", "zebras"} <= set(Corpus.open(tmp_path / "out").vocabulary.tokens)
+
+
+def test_a_stream_tells_its_size_if_it_knows_it(tmp_path, monkeypatch) -> None:
+    from largebatch.data.blocks import dataset_bytes
+    from largebatch.data.sources import find_sources
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    pytest.importorskip("datasets")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text('{"text": "One."}\n')
+    (source,) = find_sources(f"hf:{tmp_path / 'files'}")
+    assert dataset_bytes(source, "text") == 0
+    split = {"name": "train", "num_bytes": 1234, "num_examples": 1}
+    info = {"features": [{"name": "text", "dtype": "string"}], "splits": [split], "dataset_size": 5678}
+    (tmp_path / "files" / "README.md").write_text(f"---\ndataset_info: {json.dumps(info)}\n---\n")
+    assert dataset_bytes(source, "text") == 1234
 
 
 def test_empty_and_duplicate_documents_are_counted_and_dropped(tmp_path, vocab) -> None:
@@ -376,6 +459,25 @@ def test_what_is_not_ours_is_left_alone(tmp_path, vocab) -> None:
     assert (tmp_path / "empty" / "manifest.json").is_file()
 
 
+def test_links_and_mount_points(tmp_path, vocab, monkeypatch) -> None:
+    source = write_text(tmp_path / "a.txt", DOCUMENTS)
+    (tmp_path / "disk").mkdir()
+    for name in ("there", "not_yet"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "disk" / "there").mkdir()
+    for name in ("there", "not_yet"):
+        manifest = prepare([source], tmp_path / name, vocab=vocab)
+        assert (tmp_path / name).is_symlink()
+        assert Manifest.read(tmp_path / "disk" / name) == manifest
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="a file of that name is in the way"):
+        prepare([source], tmp_path / "loop", vocab=vocab)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(UserError, match="disk: a mount point, which cannot be replaced; name a directory inside it"):
+        prepare([source], tmp_path / "disk", vocab=vocab)
+    assert not (tmp_path / "disk.partial").exists()
+
+
 KILLED = """
 import sys, largebatch.data.prepare
 from largebatch.data import prepare
@@ -422,6 +524,68 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, demo_documents, w
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def test_workers_end_with_a_run_that_is_killed_alone(tmp_path, demo_documents) -> None:
+    """Each worker holds the output open, so that its end is seen only when all have ended."""
+    source = write_text(tmp_path / "a.txt", demo_documents * 2)
+    (tmp_path / "killed.py").write_text(KILLED)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "killed.py"), str(source), str(tmp_path / "out"), "2"],
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out.partial").glob("blocks-*/*.block")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    try:
+        process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+
+
+def test_what_a_killed_run_still_writes_is_its_own(tmp_path, monkeypatch) -> None:
+    """The same block saved by two at once: what the other has begun must be neither touched nor taken."""
+    from largebatch.data.tokenise import TokenBlock
+
+    block = TokenBlock(*[np.arange(3)] * 6)
+    written = np.save
+
+    def save(*arguments) -> None:
+        monkeypatch.setattr(np, "save", written)
+        block.save(tmp_path / "1.block")  # by the other, from beginning to end, when this one has begun
+        written(*arguments)
+
+    monkeypatch.setattr(np, "save", save)
+    block.save(tmp_path / "1.block")
+    assert [path.name for path in tmp_path.iterdir()] == ["1.block"]
+    assert TokenBlock.load(tmp_path / "1.block").tokens.tolist() == [0, 1, 2]
+
+
+def test_finished_blocks_serve_however_the_path_is_spelled(tmp_path, vocab, monkeypatch) -> None:
+    """Relative, absolute or in a copy; two equal files in two folders are still two."""
+    monkeypatch.setattr("largebatch.data.blocks.BLOCK_BYTES", 200)
+    for folder in ("here/texts/a", "here/texts/b", "here/texts/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_text(tmp_path / folder / "x.txt", [[f"In {folder[-1]}."], *DOCUMENTS[3:20]])
+    write_text(tmp_path / "here/texts/c/x.txt", [["In b."], *DOCUMENTS[3:20]])
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    settings = {"vocab": vocab, "drop_duplicates": False}
+    prepare_part(["texts"], tmp_path / "out", (1, 1), **settings)
+    blocks = set((tmp_path / "out.partial").glob("blocks-*/*.block"))
+    assert len(blocks) > 10
+    monkeypatch.setattr("largebatch.data.pool.BlockTokeniser.__call__", None)
+    for given in (tmp_path / "here" / "texts", tmp_path / "there" / "texts", "../there/texts"):
+        assert prepare_part([given], tmp_path / "out", (1, 1), **settings) == len(blocks)
+    prepare([tmp_path / "there" / "texts"], tmp_path / "out", **settings)
+    assert sum("in b" in document for document in read_back(tmp_path / "out")) == 2
+
+
 def test_two_runs_do_not_work_on_the_same_corpus(tmp_path, vocab) -> None:
     pytest.importorskip("fcntl")
     from largebatch.data.workspace import Workspace
@@ -462,10 +626,45 @@ def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad\.jsonl"):
         prepare_part([bad], tmp_path / "out", (2, 2), **settings)
     assert before.items() <= digests(tmp_path / "out.partial").items()
+    with pytest.raises(UserError, match=r"bad\.jsonl"):
+        prepare([bad], tmp_path / "out", **settings)
+    assert before.items() <= digests(tmp_path / "out.partial").items()
     with Workspace(tmp_path / "out", (1, 2)), Workspace(tmp_path / "out", (2, 2)):
         for part in (None, (2, 2)):
             with pytest.raises(UserError, match="another run"), Workspace(tmp_path / "out", part):
                 pass
+
+
+def test_parts_are_not_thrown_away_by_the_call_that_ends_the_work(tmp_path: Path, vocab: Path) -> None:
+    """It forgets the parts' vocabulary; a bad line and the work of an earlier plan are other matters."""
+    text = write_text(tmp_path / "in.txt", DOCUMENTS)
+    prepare_part([text], tmp_path / "out", (1, 1), vocab=vocab)
+    before = digests(tmp_path / "out.partial")
+    with pytest.raises(
+        UserError, match=r"blocks-\w+: holds parts done with another vocabulary or other settings; give"
+    ):
+        prepare([text], tmp_path / "out", vocab_size=300)
+    assert before.items() <= digests(tmp_path / "out.partial").items()
+    prepare([text], tmp_path / "out", vocab=vocab)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_bad_line_does_not_undo_the_blocks_before_it(tmp_path: Path, vocab: Path, monkeypatch) -> None:
+    """Nor does it keep another plan from clearing away what was no part's."""
+    monkeypatch.setattr("largebatch.data.blocks.BLOCK_BYTES", 200)
+    text = write_text(tmp_path / "in.txt", DOCUMENTS)
+    good = text.read_bytes()
+    text.write_bytes(good + b"caf\xe9\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        prepare([text], tmp_path / "out", vocab=vocab, workers=1)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("blocks-*/*.block")}
+    assert len(stamps) > 5
+    with pytest.raises(UserError, match="not UTF-8"):
+        prepare([text], tmp_path / "out", vocab=vocab, workers=1)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    text.write_bytes(good)
+    prepare([text], tmp_path / "out", vocab_size=300)
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("part", [(0, 2), (3, 2)])

@@ -11,11 +11,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
 
+from .manifest import file_checksum
 from .sources import OPENERS, Source
 
 BLOCK_BYTES = 4 << 20
@@ -29,10 +31,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive whole documents of one source: undecoded bytes of a file, or the rows of a table."""
+    """Consecutive whole documents of one source: undecoded bytes of a file, or the rows of a table.
+
+    `name` is the source's, which a block's name depends on; `where` is the path as given, for messages.
+    """
 
     kind: str
     name: str
+    where: str
     content: bytes | list[Any]
     first_line: int
     first_byte: int
@@ -86,14 +92,21 @@ def _read_pieces(source: Source, text_field: str, advance: Progress) -> Iterator
         return
     where = str(source.path or source.name)
     first, texts, size = 1, [], 0
-    for text in rows:
-        texts.append(text)
-        size += len(text) if isinstance(text, str) else 1
-        if size >= BLOCK_BYTES:
-            yield Piece("rows", where, texts, first, 0), size
-            first, texts, size = first + len(texts), [], 0
+    try:
+        for text in rows:
+            texts.append(text)
+            size += len(text) if isinstance(text, str) else 1
+            if size >= BLOCK_BYTES:
+                yield Piece("rows", source.name, where, texts, first, 0), size
+                first, texts, size = first + len(texts), [], 0
+    except UnicodeDecodeError as error:
+        row = first + len(texts)
+        raise UserError(
+            f"{where}, rows {row} to {row + _ROWS - 1}: column {text_field!r} holds what is not UTF-8 "
+            f"(0x{error.object[error.start]:02x}); write the table again with its text in UTF-8"
+        ) from None
     if texts:
-        yield Piece("rows", where, texts, first, 0), size
+        yield Piece("rows", source.name, where, texts, first, 0), size
 
 
 def _file_pieces(source: Source, advance: Progress) -> Iterator[Piece]:
@@ -123,7 +136,7 @@ def _file_pieces(source: Source, advance: Progress) -> Iterator[Piece]:
                 if not cut:
                     continue
             content, carry = carry[:cut], carry[cut:]
-            yield Piece(source.kind, str(source.path), content, line, offset, cut_document)
+            yield Piece(source.kind, source.name, str(source.path), content, line, offset, cut_document)
             line += content.count(b"\n")
             offset += cut
             if at_end:
@@ -202,7 +215,37 @@ def _parquet_rows(source: Source, text_field: str, advance: Progress) -> Iterato
         raise UserError(f"{source.path}: damaged or not a Parquet file ({str(error).splitlines()[0]})") from None
 
 
+def dataset_fingerprint(source: Source) -> str:
+    """What changes when a data set does: its own fingerprint, or one of the files that it is read from."""
+    rows, builder = _load_dataset(source)
+    if builder is None:
+        return str(getattr(rows, "_fingerprint", f"{rows.num_rows} rows"))
+    found = [  # of local files the checksums, of others what their server says: a revision or an ETag
+        file_checksum(Path(file)) if Path(file).is_file() else origin
+        for files in (builder.config.data_files or {}).values()
+        for file, origin in zip(files, files.origin_metadata, strict=True)
+    ]
+    return sha256(repr(found or builder.hash).encode()).hexdigest()[:16]
+
+
+def dataset_bytes(source: Source, text_field: str) -> int:
+    """About how many bytes a data set holds, 0 if it does not say."""
+    rows = _select_field(_load_dataset(source)[0], source, text_field)
+    if hasattr(rows, "data"):
+        return int(rows.data.nbytes)
+    split = (rows.info.splits or {}).get(str(rows.split))
+    return (split.num_bytes if split else rows.info.dataset_size) or 0
+
+
 def _dataset_rows(source: Source, text_field: str) -> Iterator[str | None]:
+    rows = _select_field(_load_dataset(source)[0], source, text_field)
+    for batch in rows.iter(batch_size=_ROWS):
+        _check_field(source.name, text_field, list(batch))
+        yield from batch[text_field]
+
+
+def _load_dataset(source: Source) -> tuple[Any, Any]:
+    """The rows of a data set, read when asked for, and what builds it, None for one that was saved."""
     try:
         import datasets
     except ImportError:
@@ -215,17 +258,19 @@ def _dataset_rows(source: Source, text_field: str) -> Iterator[str | None]:
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
             loaded = datasets.load_from_disk(name)
             rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+            return rows, None
+        builder = datasets.load_dataset_builder(name, config)
+        return builder.as_streaming_dataset(split=split), builder
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{source.name}: the data set cannot be loaded: {reason}") from None
-    if rows.column_names:
-        _check_field(source.name, text_field, rows.column_names)
-        rows = rows.select_columns([text_field])
-    for batch in rows.iter(batch_size=_ROWS):
-        _check_field(source.name, text_field, list(batch))
-        yield from batch[text_field]
+
+
+def _select_field(rows: Any, source: Source, text_field: str) -> Any:
+    if not rows.column_names:  # a stream whose columns show only when it is read
+        return rows
+    _check_field(source.name, text_field, rows.column_names)
+    return rows.select_columns([text_field])
 
 
 def _check_field(where: str, text_field: str, fields: Sequence[str]) -> None:

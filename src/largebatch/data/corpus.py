@@ -168,6 +168,12 @@ class Corpus:
         return len(self.vocabulary)
 
     @property
+    def identity(self) -> str:
+        """A hash of the tokens, their order and the tokenizer: the same for a copy, under whatever name."""
+        tokens = sorted((name, of["crc32"]) for name, of in self.manifest.files.items() if name.endswith(".npy"))
+        return hashlib.sha256(repr((tokens, self.manifest.tokenizer["sha256"])).encode()).hexdigest()
+
+    @property
     def special_ids(self) -> dict[str, int]:
         """The ids of [PAD], [UNK], [CLS], [SEP] and [MASK]."""
         return self.vocabulary.special_ids

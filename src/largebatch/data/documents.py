@@ -22,7 +22,7 @@ def documents_of(piece: Piece, text_field: str) -> Iterator[Document]:
     if isinstance(piece.content, list):
         for row, text in enumerate(piece.content, piece.first_line):
             if text is not None and not isinstance(text, str):
-                raise UserError(f"{piece.name}, row {row}: {text_field!r} holds {type(text).__name__}, not text")
+                raise UserError(f"{piece.where}, row {row}: {text_field!r} holds {type(text).__name__}, not text")
             yield _paragraphs(text or "")
     elif piece.kind == "jsonl":
         yield from _json_documents(piece, piece.content, text_field)
@@ -46,7 +46,7 @@ def _decode(piece: Piece, content: bytes) -> str:
     except UnicodeDecodeError as error:
         line = piece.first_line + content.count(b"\n", 0, error.start)
         raise UserError(
-            f"{piece.name}, line {line}: not UTF-8 at byte {piece.first_byte + error.start} "
+            f"{piece.where}, line {line}: not UTF-8 at byte {piece.first_byte + error.start} "
             f"(0x{content[error.start]:02x}); convert the file, for example with `iconv -t UTF-8`"
         ) from None
 
@@ -55,12 +55,14 @@ def _json_documents(piece: Piece, content: bytes, text_field: str) -> Iterator[D
     for number, line in enumerate(_decode(piece, content).split("\n"), piece.first_line):
         if not line.strip():
             continue
-        where = f"{piece.name}, line {number}"
+        where = f"{piece.where}, line {number}"
         try:
             row = json.loads(line)
         except ValueError as error:
             hint = "; a JSON array is not JSON lines" if line.lstrip().startswith("[") else ""
             raise UserError(f"{where}: not JSON ({error}); one JSON object per line is expected{hint}") from None
+        except RecursionError:
+            raise UserError(f"{where}: JSON nested too deeply to be read; keep only the text and its field") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: holds a JSON {type(row).__name__}, not an object with a field {text_field!r}")
         if text_field not in row:

@@ -38,8 +38,8 @@ class Manifest:
         splits: for "train" and "heldout": documents, sentences, tokens and the shards with their first token.
         files: size in bytes and CRC-32 of every file but this one.
         settings: all settings that the bytes depend on.
-        inputs: name, size in bytes and CRC-32 of every input.
-        report: the integrity report; `largebatch.data.report.render` makes it text.
+        inputs: name, size in bytes and CRC-32 of every input file; name and fingerprint of a data set.
+        report: the integrity report; `largebatch.data.render_report` makes it text.
     """
 
     tokenizer: dict[str, Any]

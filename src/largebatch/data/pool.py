@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,8 +19,17 @@ _tokeniser: BlockTokeniser | None = None
 
 def _start_worker(vocabulary: Vocabulary, lowercase: bool, text_field: str) -> None:
     global _tokeniser
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokeniser = BlockTokeniser(vocabulary, lowercase, text_field)
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is killed: its siblings hold the queue open, so it would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(block: Block, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from largebatch.errors import UserError
 
 from .assemble import assemble
-from .blocks import BLOCK_BYTES, MAX_DOCUMENT_BYTES, read_blocks
+from .blocks import BLOCK_BYTES, MAX_DOCUMENT_BYTES, dataset_bytes, dataset_fingerprint, read_blocks
 from .documents import documents_of
 from .manifest import Manifest, file_checksum
 from .pool import tokenise_blocks
@@ -31,7 +31,7 @@ _MIN_PARALLEL_BYTES = 16 << 20
 
 
 def prepare(
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     vocab_size: int = 30522,
@@ -62,7 +62,7 @@ def prepare(
     Args:
         inputs: files (.txt, .jsonl, .json with an object per line, .parquet; the first three also .gz, .xz, .bz2;
             any other name is read as text), directories of them, or Hugging Face data sets, each
-            ``hf:NAME[:CONFIG][:SPLIT]``.
+            ``hf:NAME[:CONFIG][:SPLIT]``; one of them or several. `out` inside a directory is left out of it.
         out: directory to make.
         vocab_size: of the vocabulary to train, the special tokens included; a small input may give fewer.
         vocab: a vocab.txt (or a directory with one) to use instead.
@@ -76,14 +76,15 @@ def prepare(
             the calling script to be importable (``if __name__ == "__main__":``), as all of `multiprocessing` does.
         progress: show a bar with the remaining time if standard error is a terminal.
         overwrite: replace a corpus of other inputs or settings at `out`.
-        vocab_sample_bytes: the vocabulary is trained on about this much text, in blocks spread evenly over the input.
+        vocab_sample_bytes: the vocabulary is trained on about this much text, in blocks spread evenly over the input;
+            on up to twice as much from the beginning of a data set that does not say its size.
         shard_tokens: tokens after which a new token file is begun.
 
     Returns:
         The manifest; `largebatch.data.render_report` makes its integrity report text.
 
     Raises:
-        UserError: bad input or a directory in the way; nothing is left at `out`.
+        UserError: bad input or a directory in the way; nothing is left at `out`, and finished blocks are kept.
     """
     settings = {name: value for name, value in locals().items() if name not in ("inputs", "out")}
     manifest = _prepare(inputs, Path(out), None, **settings)
@@ -91,7 +92,9 @@ def prepare(
     return manifest
 
 
-def prepare_part(inputs: Sequence[str | Path], out: str | Path, part: tuple[int, int], **settings: Any) -> int:
+def prepare_part(
+    inputs: str | Path | Sequence[str | Path], out: str | Path, part: tuple[int, int], **settings: Any
+) -> int:
     """Do the k-th of n shares of the tokenising that `prepare` would do; `prepare` itself then only puts them together.
 
     The shares may be done at once, by processes or machines that see the same ``<out>.partial``; on machines that do
@@ -122,7 +125,7 @@ def prepare_part(inputs: Sequence[str | Path], out: str | Path, part: tuple[int,
 
 
 def _prepare(
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     out: Path,
     part: tuple[int, int] | None,
     *,
@@ -146,7 +149,8 @@ def _prepare(
         raise UserError(f"workers must be at least 1, got {workers}")
     if vocab_sample_bytes < 1 or shard_tokens < 1:
         raise UserError("vocab_sample_bytes and shard_tokens must be at least 1")
-    sources = find_sources(inputs)
+    workspace = Workspace(out, part)
+    sources = find_sources(inputs, skip=(workspace.out, workspace.directory))
     given_vocabulary = Vocabulary.read(vocab) if vocab is not None else None
     settings: dict[str, Any] = {
         "procedure": _PROCEDURE,
@@ -171,14 +175,14 @@ def _prepare(
             return train_vocabulary(sample, vocab_size, lowercase)
 
     try:
-        with progress_bar(progress) as bar, Workspace(out, part) as workspace:
+        with progress_bar(progress) as bar, workspace:
             described = _describe(sources, bar)
             if (existing := workspace.existing(settings, described, overwrite)) is not None:
                 return existing
             plan = {"inputs": described, "settings": settings}
             vocabulary = workspace.vocabulary(plan, lambda: given_vocabulary or train())
             blocks = workspace.start_blocks({"settings": settings, "vocabulary": vocabulary.tokens})
-            num_workers = _num_workers(workers, sources)
+            num_workers = _num_workers(workers, sources, text_field)
             with bar.stage("tokenising", sum(map(_file_bytes, sources)) or None) as stage:
                 paths = tokenise_blocks(sources, blocks, vocabulary, lowercase, text_field, num_workers, stage, part)
             if part is not None:
@@ -199,43 +203,44 @@ def _file_bytes(source: Source) -> int:
     return source.path.stat().st_size if source.path else 0
 
 
-def _expanded_bytes(sources: Sequence[Source]) -> int:
+def _expanded_bytes(sources: Sequence[Source], text_field: str) -> int:
     return sum(
-        _file_bytes(source)
-        * (_EXPANSION if source.path and source.path.suffix in (".gz", ".xz", ".bz2", ".parquet") else 1)
+        _file_bytes(source) * (_EXPANSION if source.path.suffix in (".gz", ".xz", ".bz2", ".parquet") else 1)
+        if source.path
+        else dataset_bytes(source, text_field)
         for source in sources
     )
 
 
 def _describe(sources: Sequence[Source], bar: Bar) -> list[dict[str, Any]]:
-    """Name, size and checksum of every input file; of a data set, what there is to say: its name."""
+    """Name, size and checksum of every input file; name and fingerprint of a data set."""
     described: list[dict[str, Any]] = []
     with bar.stage("checking inputs", sum(map(_file_bytes, sources))) as stage:
         for source in sources:
+            # A file's name may be no text, which JSON has to be.
+            name = source.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             if source.path is None:
-                described.append({"name": source.name})
+                described.append({"name": name, "fingerprint": dataset_fingerprint(source)})
                 continue
             try:
-                described.append(
-                    {"name": source.name, "bytes": _file_bytes(source), "crc32": file_checksum(source.path)}
-                )
+                described.append({"name": name, "bytes": _file_bytes(source), "crc32": file_checksum(source.path)})
             except OSError as error:
                 raise UserError(f"{source.path}: cannot be read: {error.strerror}") from None
             stage.advance(_file_bytes(source))
     return described
 
 
-def _num_workers(workers: int | None, sources: Sequence[Source]) -> int:
+def _num_workers(workers: int | None, sources: Sequence[Source], text_field: str) -> int:
     if workers is not None:
         return workers
-    if all(source.path for source in sources) and _expanded_bytes(sources) < _MIN_PARALLEL_BYTES:
+    if all(source.path for source in sources) and _expanded_bytes(sources, text_field) < _MIN_PARALLEL_BYTES:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _vocabulary_sample(sources: Sequence[Source], text_field: str, sample_bytes: int, stage: Stage) -> Iterator[str]:
     """The documents to train the vocabulary on: every n-th block, up to twice the wanted size."""
-    every = max(1, -(-_expanded_bytes(sources) // sample_bytes))
+    every = max(1, -(-_expanded_bytes(sources, text_field) // sample_bytes))
     taken = 0
     for number, block in enumerate(read_blocks(sources, text_field, stage.advance)):
         if number % every:

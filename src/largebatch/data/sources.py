@@ -34,12 +34,18 @@ class Source:
     may_be_empty: bool = False
 
 
-def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
+def find_sources(inputs: str | Path | Sequence[str | Path], skip: Sequence[Path] = ()) -> list[Source]:
     """The files and data sets that the inputs name, directories expanded and sorted.
+
+    Args:
+        inputs: one or several of them.
+        skip: directories that are left out where one of them lies inside an input: what is made is not read.
 
     Raises:
         UserError: an input is missing, is empty, holds no file of a known kind, or is of no known kind.
     """
+    if isinstance(inputs, str | Path):
+        inputs = [inputs]
     if not inputs:
         raise UserError("no input given; name a text, JSONL or Parquet file, a directory of them, or hf:NAME")
     sources: list[Source] = []
@@ -60,6 +66,8 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
             key=lambda file: file.relative_to(path).parts,
         )
         files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        skipped = _inside(path, skip)
+        files = [file for file in files if skipped.isdisjoint(file.parents)]
         if not files:
             raise UserError(f"{path}: no {', '.join(_KINDS)} file (plain or .gz, .xz, .bz2) in this directory")
         sources += [
@@ -69,6 +77,13 @@ def find_sources(inputs: Sequence[str | Path]) -> list[Source]:
             for file in files
         ]
     return sources
+
+
+def _inside(directory: Path, paths: Sequence[Path]) -> set[Path]:
+    """Those of the paths that lie inside the directory, spelled as its own files are."""
+    root = directory.resolve()
+    resolved = (path.resolve() for path in paths)
+    return {directory / path.relative_to(root) for path in resolved if root in path.parents}
 
 
 def _kind_of(path: Path) -> str | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class TokenBlock:
     counts: NDArray[np.int64]
 
     def save(self, path: Path) -> None:
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{uuid4().hex}.tmp")  # which no worker of a killed run can be writing, too
         with temporary.open("wb") as file:
             for field in fields(self):
                 np.save(file, getattr(self, field.name))

@@ -23,23 +23,29 @@ class Workspace:
         out: the directory that will hold the corpus.
         part: (k, n) of a run that does a part beside others, None for one that ends the work. Parts share the
             directory with each other, and clear nothing away.
+
+    Attributes:
+        out: where the corpus will lie, links followed: what is renamed must be the directory itself.
+        directory: the directory of the work.
     """
 
     def __init__(self, out: Path, part: tuple[int, int] | None = None) -> None:
-        self._out = out
+        self.out = Path(os.path.realpath(out)) if out.is_symlink() else out
         self._part = part
-        self.directory = out.with_name(out.name + ".partial")
+        if not self.out.name:
+            raise UserError(f"{out}: name a directory to make")
+        self.directory = self.out.with_name(self.out.name + ".partial")
         self._result = self.directory / "corpus"
         self._replace = False
         self._done = False
 
     def __enter__(self) -> "Workspace":
-        if not self._out.name:
-            raise UserError(f"{self._out}: name a directory to make")
-        if self._out.exists() and not self._out.is_dir():
-            raise UserError(f"{self._out}: a file of that name is in the way; choose another output directory")
-        if self._out.is_dir() and any(self._out.iterdir()) and not (self._out / MANIFEST_NAME).is_file():
-            raise UserError(f"{self._out}: not empty and not a corpus; choose another output directory or empty it")
+        if os.path.ismount(self.out):
+            raise UserError(f"{self.out}: a mount point, which cannot be replaced; name a directory inside it")
+        if os.path.lexists(self.out) and not self.out.is_dir():
+            raise UserError(f"{self.out}: a file of that name is in the way; choose another output directory")
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / MANIFEST_NAME).is_file():
+            raise UserError(f"{self.out}: not empty and not a corpus; choose another output directory or empty it")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -57,7 +63,7 @@ class Workspace:
             pass
         except OSError:
             self._unlock()
-            raise UserError(f"{self._out}: another run is preparing this corpus right now; wait for it") from None
+            raise UserError(f"{self.out}: another run is preparing this corpus right now; wait for it") from None
         return self
 
     def _unlock(self) -> None:
@@ -67,9 +73,14 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._done or (self._part is None and isinstance(error, UserError)):
+        spent = self._part is None and isinstance(error, UserError) and not self._blocks()
+        if self._done or spent:
             shutil.rmtree(self.directory, ignore_errors=True)
         self._unlock()
+
+    def _blocks(self) -> list[Path]:
+        """All finished blocks, of whichever plan."""
+        return list(self.directory.glob("blocks-*/*.block"))
 
     def existing(self, settings: dict[str, Any], inputs: list[dict[str, Any]], overwrite: bool) -> Manifest | None:
         """The manifest of the corpus at `out` if it is the one asked for, None if there is none.
@@ -77,15 +88,15 @@ class Workspace:
         Raises:
             UserError: there is another one, and it is not to be overwritten.
         """
-        if not (self._out / MANIFEST_NAME).is_file():
+        if not (self.out / MANIFEST_NAME).is_file():
             return None
         try:
-            manifest = Manifest.read(self._out)
-            intact = all((self._out / name).stat().st_size == file["bytes"] for name, file in manifest.files.items())
+            manifest = Manifest.read(self.out)
+            intact = all((self.out / name).stat().st_size == file["bytes"] for name, file in manifest.files.items())
         except (UserError, OSError):
             if not overwrite:
                 raise UserError(
-                    f"{self._out}: holds a damaged corpus; delete it, or overwrite it, to prepare it again"
+                    f"{self.out}: holds a damaged corpus; delete it to prepare it again (in Python, or overwrite=True)"
                 ) from None
         else:
             if intact and manifest.settings == settings and manifest.inputs == inputs:
@@ -93,8 +104,8 @@ class Workspace:
                 return manifest
             if not overwrite:
                 raise UserError(
-                    f"{self._out}: already holds a corpus of other inputs or settings; choose another directory, "
-                    "or overwrite it"
+                    f"{self.out}: already holds a corpus of other inputs or settings; choose another directory, "
+                    "or delete it first (in Python, or overwrite=True)"
                 )
         self._replace = True
         return None
@@ -111,10 +122,20 @@ class Workspace:
         return vocabulary
 
     def start_blocks(self, plan: dict[str, Any]) -> Path:
-        """Make the directory of token blocks, or keep the one of an interrupted run of the same plan."""
+        """Make the directory of token blocks, or keep the one of an interrupted run of the same plan.
+
+        Raises:
+            UserError: parts that are to be put together were made by another plan.
+        """
         blocks = self.directory / f"blocks-{_fingerprint(plan)}"
-        for other in self.directory.glob("blocks-*") if self._part is None else ():
-            if other != blocks:
+        if self._part is None:
+            of_parts = any(self.directory.glob("lock-*-of-*"))
+            if of_parts and (others := {path.parent for path in self._blocks()} - {blocks}):
+                raise UserError(
+                    f"{min(others)}: holds parts done with another vocabulary or other settings; give the same as for "
+                    "the parts, or delete this directory to do without them"
+                )
+            for other in set(self.directory.glob("blocks-*")) - {blocks}:
                 shutil.rmtree(other)
         blocks.mkdir(exist_ok=True)
         return blocks
@@ -130,8 +151,8 @@ class Workspace:
         if self._replace:
             old = self.directory / "replaced"
             shutil.rmtree(old, ignore_errors=True)
-            os.replace(self._out, old)
-        os.replace(self._result, self._out)
+            os.replace(self.out, old)
+        os.replace(self._result, self.out)
         self._done = True
 
 
