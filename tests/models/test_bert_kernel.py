@@ -321,3 +321,40 @@ def test_a_missing_library_is_said_once(
 def make_norm() -> Callable[[], Tensor]:
     rows, norm, dropout, dense = torch.ones(2, 4), nn.LayerNorm(4), Dropout(0.1).train(), nn.Linear(4, 4)
     return lambda: dense_dropout_add_norm(rows, dense, rows, dropout, norm, keys_of(2))
+
+
+def test_c_reads_what_it_is_given_in_any_layout() -> None:
+    """Strided parameters and wider keys are put in order first; C would read their memory as it lies."""
+    shape = (20, 64)
+    products, residual, products_bias, weight, bias = (torch.randn(size) for size in (shape, shape, 64, 64, 64))
+    keys = keys_of(20)
+    expected = KERNEL.add_norm(products, products_bias, residual, weight, bias, keys, SITE, 0.1, 1e-12)
+    strided = [x.repeat_interleave(2)[::2] for x in (products_bias, weight, bias)]
+    ours = KERNEL.add_norm(products, strided[0], residual, *strided[1:], keys.long(), SITE, 0.1, 1e-12)
+    assert all(map(torch.equal, ours, expected))
+    total, moments, _ = expected
+    gradients = [
+        KERNEL.add_norm_backward(residual, each, some, total, moments, SITE, 0.1, torch.float32)
+        for each, some in ((weight, keys), (strided[1], keys.long()))
+    ]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_c_is_not_given_what_is_too_short_or_elsewhere() -> None:
+    """Guards: it reads as much as it expects, past the end of what is there."""
+    rows, bias, keys = torch.randn(20, 64), torch.randn(64), keys_of(20)
+    with pytest.raises(ValueError, match=r"keys: shape \[19\], but \[20\] is needed"):
+        KERNEL.add_norm(rows, bias, rows, bias, bias, keys[1:], SITE, 0.1, 1e-12)
+    with pytest.raises(ValueError, match=r"residual: shape \[1, 64\], but \[20, 64\]"):
+        KERNEL.add_norm(rows, bias, rows[:1], bias, bias, keys, SITE, 0.1, 1e-12)
+    with pytest.raises(ValueError, match=r"weight: shape \[63\]"):
+        KERNEL.add_norm(rows, bias, rows, bias[1:], bias, keys, SITE, 0.1, 1e-12)
+    with pytest.raises(ValueError, match=r"bias: shape \[63\]"):
+        KERNEL.gelu(rows.bfloat16(), bias[1:])
+    with pytest.raises(ValueError, match=r"keys: shape \[1, 8\], but \[2, 8\]"):
+        KERNEL.softmax(torch.zeros(2, 1, 8, 8), keys_of(1, 8), SITE, KEEP)
+    labels = torch.zeros(20, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"labels: shape \[19\], but \[20\]"):
+        KERNEL.loss(rows, bias, labels[1:], False)
+    with pytest.raises(ValueError, match="labels: on meta, but the others are on the CPU"):
+        KERNEL.loss(rows, bias, labels.to("meta"), False)

@@ -126,3 +126,27 @@ def test_the_pretraining_loss_is_the_same_with_and_without_logits(
     torch.testing.assert_close(*(loss for loss, _ in results), rtol=1e-5, atol=0)
     torch.testing.assert_close(*(metrics for _, metrics in results), rtol=1e-5, atol=1e-6)
     assert_same_gradients(model, twin, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_are_taken_as_they_come(dtype: torch.dtype) -> None:
+    """Guards: the kernel, in C, read 20 labels of four bytes as ten of eight, and past their end."""
+    inputs, labels = draw(20)
+    expected, expected_right = linear_cross_entropy(*inputs, labels)
+    for same in (labels.to(dtype), labels.repeat_interleave(2)[::2], labels.to(dtype).repeat_interleave(2)[::2]):
+        loss, right = linear_cross_entropy(*inputs, same)
+        assert torch.equal(loss, expected)
+        assert int(right) == int(expected_right)
+
+
+@pytest.mark.parametrize("number", [0, 19, 21, 40])
+def test_a_label_for_each_row_is_needed(number: int) -> None:
+    inputs, labels = draw(20)
+    with pytest.raises(ValueError, match=rf"labels: shape \[{number}\], but there are 20 rows"):
+        linear_cross_entropy(*inputs, labels.repeat(2)[:number])
+
+
+def test_labels_are_whole_numbers() -> None:
+    inputs, labels = draw(20)
+    with pytest.raises(ValueError, match=r"labels: torch\.float32, but they must be whole numbers"):
+        linear_cross_entropy(*inputs, labels.float())

@@ -132,7 +132,15 @@ def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Ten
 
     Returns:
         The loss, 0-D float32, which can be differentiated once, and the count, 0-D int64.
+
+    Raises:
+        ValueError: there is not one label for each row, or they are no whole numbers.
     """
+    if labels.shape != rows.shape[:1]:
+        raise ValueError(f"labels: shape {list(labels.shape)}, but there are {len(rows)} rows")
+    if labels.is_floating_point():
+        raise ValueError(f"labels: {labels.dtype}, but they must be whole numbers")
+    labels = labels.to(torch.int64)
     on_cpu = rows.device.type == "cpu"
     num_chunks = max(1, math.ceil(len(rows) * len(weight) / (CPU_LOGITS if on_cpu else LOGITS)))
     chunk = max(1, math.ceil(len(rows) / num_chunks))

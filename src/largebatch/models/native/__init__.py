@@ -62,6 +62,7 @@ class Kernel:
     def softmax(self, scores: Tensor, keys: Tensor, site: int, keep_prob: float) -> Tensor:
         """See `Operations.softmax`."""
         dropped = torch.empty_like(scores)
+        keys = _readable("keys", keys, torch.int32, len(scores), scores.shape[2])
         self.library.largebatch_softmax(
             *scores.shape[:3],
             _is_narrow(scores.dtype),
@@ -130,7 +131,11 @@ class Kernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return residual + dropout(products + their bias), of its rows mean and inverse deviation [T, 2], and its
         LayerNorm."""
-        products, residual = products.contiguous(), residual.contiguous()
+        products, width = products.contiguous(), products.shape[1]
+        keys = _readable("keys", keys, torch.int32, len(products))
+        residual = _readable("residual", residual, torch.float32, *products.shape)
+        named = {"products_bias": products_bias, "weight": weight, "bias": bias}
+        products_bias, weight, bias = (_readable(name, x, torch.float32, width) for name, x in named.items())
         total, normed = torch.empty_like(residual), torch.empty_like(residual)
         moments = residual.new_empty(len(products), 2)
         kept, scale = _of_dropout(prob)
@@ -160,6 +165,8 @@ class Kernel:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of the products, which have ``dtype``, of their bias, the residual, weight and bias."""
         of_products, of_residual = torch.empty_like(grad, dtype=dtype), torch.empty_like(grad)
+        keys = _readable("keys", keys, torch.int32, len(grad))
+        weight = _readable("weight", weight, torch.float32, grad.shape[1])
         of_params = grad.new_empty(-(-len(grad) // self.norm_rows), 3, grad.shape[1])
         kept, scale = _of_dropout(prob)
         self.library.largebatch_add_norm_backward(
@@ -178,6 +185,7 @@ class Kernel:
     def gelu(self, products: Tensor, bias: Tensor) -> Tensor:
         """GELU(products + bias), [T, H] of bfloat16 and [H]."""
         activated = torch.empty_like(products)
+        bias = _readable("bias", bias, torch.float32, products.shape[1])
         self.library.largebatch_gelu(
             *products.shape,
             *(each.data_ptr() for each in (products, bias, activated)),
@@ -188,6 +196,7 @@ class Kernel:
     def gelu_backward(self, grad: Tensor, products: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of products and bias."""
         of_products = torch.empty_like(products)
+        bias = _readable("bias", bias, torch.float32, products.shape[1])
         of_bias = bias.new_empty(-(-len(grad) // self.gelu_rows), grad.shape[1])
         self.library.largebatch_gelu_backward(
             *grad.shape,
@@ -199,6 +208,8 @@ class Kernel:
     def loss(self, products: Tensor, bias: Tensor, labels: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
         """See `cross_entropy.loss`."""
         num_rows, num_classes = products.shape
+        labels = _readable("labels", labels, torch.int64, num_rows)
+        bias = _readable("bias", bias, torch.float32, num_classes)
         if num_rows and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise IndexError(f"labels: from {int(labels.min())} to {int(labels.max())}, outside 0..{num_classes - 1}")
         losses, right = bias.new_empty(num_rows), torch.empty(num_rows, dtype=torch.uint8)
@@ -207,11 +218,20 @@ class Kernel:
             num_rows,
             num_classes,
             _is_narrow(products.dtype),
-            *(each.data_ptr() for each in (products, bias, labels.contiguous(), losses, right)),
+            *(each.data_ptr() for each in (products, bias, labels, losses, right)),
             of_bias.data_ptr() if wants_grad else None,
             torch.get_num_threads(),
         )
         return losses.sum(), right.sum(), of_bias.sum(0)
+
+
+def _readable(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return what C, which cannot check it, reads as this: numbers in the CPU's memory, one behind the other."""
+    if x.shape != shape:
+        raise ValueError(f"{name}: shape {list(x.shape)}, but {list(shape)} is needed")
+    if x.device.type != "cpu":
+        raise ValueError(f"{name}: on {x.device}, but the others are on the CPU")
+    return x.to(dtype).contiguous()
 
 
 def _of_dropout(prob: float) -> tuple[int, float]:
