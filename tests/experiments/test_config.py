@@ -28,6 +28,7 @@ def test_every_recipe_survives_json(name):
         ("max_grad_norm=none", ("max_grad_norm",), None),
         ("max_grad_norm=2", ("max_grad_norm",), 2.0),
         ("seed=1e3", ("seed",), 1000),
+        ("seed=9007199254740993", ("seed",), 2**53 + 1),
         ("model.name=mini", ("model", "name"), "mini"),
     ],
 )

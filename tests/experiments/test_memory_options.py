@@ -81,6 +81,7 @@ def test_what_cannot_go_with_it_is_refused(corpus: Path, tmp_path: Path, setting
     [
         ("max_grad_norm=0", r"max_grad_norm is 0\.0; it must be above 0, or none not to clip"),
         ("keep_checkpoints=-1", "keep_checkpoints is -1; it must be at least 1, or none to keep all"),
+        ("seed=18446744073709551616", r"seed is 18446744073709551616; it must fit into 64 bits"),
         ("evaluate_every=-1", "evaluate_every is -1; it must be a number of steps, or 0"),
     ],
 )

@@ -2,17 +2,26 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from largebatch.cli import main
+from largebatch.data import prepare
+from largebatch.data.vocabulary import SPECIAL_TOKENS
+from largebatch.errors import UserError
+from largebatch.evaluate import SquadDataset, evaluate_squad, read_squad
+from largebatch.experiments.classification import ClassificationWorkload
 from largebatch.experiments.config import override
+from largebatch.experiments.evaluation import answer_file, evaluate_run
 from largebatch.experiments.recipes import get
 from largebatch.experiments.runner import Interrupted, run
-from largebatch.experiments.transfer import run_weights
+from largebatch.experiments.transfer import open_encoder, run_weights
+from largebatch.models import BertConfig, BertForQuestionAnswering, save_pretrained
 from largebatch.train import checkpoint
 from largebatch.train.step_clock import PARTS
 
@@ -71,6 +80,32 @@ def test_a_stopped_run_goes_on_with_the_same_bits(corpus: Path, pretrained: Path
     assert [line["step"] for line in lines(out, "resume")] == [stop_after]
     theirs = run_weights(pretrained)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in run_weights(out).items())
+
+
+def test_a_run_does_not_go_on_with_other_text(text: Path, corpus: Path, tmp_path: Path):
+    """Made anew under the old name, where the weights' shapes would fit. A copy is the same text, wherever it lies."""
+
+    def stop(result, total):
+        if result.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    moved, out = tmp_path / "corpus", tmp_path / "run"
+    shutil.copytree(corpus, moved)
+    with pytest.raises(Interrupted):
+        run(small_bert(moved), out, on_step=stop)
+    vocabulary = (out / "tokenizer" / "vocab.txt").read_bytes()
+    shutil.rmtree(moved)
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    prepare([other], moved, vocab_size=600, heldout=0.2, workers=1, progress=False)
+    for command in (lambda: run(small_bert(moved), out, resume=True), lambda: evaluate_run(out)):
+        with pytest.raises(UserError, match=r"the data of .*run have changed since it began \((corpus|vocab_size) was"):
+            command()
+    assert (out / "tokenizer" / "vocab.txt").read_bytes() == vocabulary
+    shutil.rmtree(moved)
+    shutil.copytree(corpus, moved)
+    run(small_bert(moved), out, resume=True)
+    assert evaluate_run(out)["mlm_loss"] > 0
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(corpus: Path, pretrained: Path, tmp_path: Path):
@@ -135,6 +170,23 @@ def test_a_second_workload_goes_through_the_same_engine(tmp_path: Path, name):
     assert 0 <= json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]["accuracy"] <= 1
 
 
+def test_a_data_set_is_normalised_by_its_own_pixels():
+    mnist, fashion = (ClassificationWorkload(small_lenet(*more)) for more in ((), ("data.dataset=fashion-mnist",)))
+    for of_mnist, of_fashion in ((mnist._train, fashion._train), (mnist._test, fashion._test)):
+        pixels = [of_mnist.images * 0.3081 + 0.1307, of_fashion.images * 0.3530 + 0.2860]
+        torch.testing.assert_close(*pixels, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match=r"data\.dataset is 'cifar10'; known are mnist, fashion-mnist"):
+        ClassificationWorkload(small_lenet("data.dataset=cifar10"))
+
+
+def test_an_export_leaves_runs_alone(pretrained: Path, tuned: Path, capsys):
+    for out in (pretrained, tuned):
+        before = (out / "config.json").read_bytes()
+        assert main(["export", str(pretrained), "--out", str(out)]) == 2
+        assert f"{out} is a run, whose config.json would be lost" in capsys.readouterr().err
+        assert (out / "config.json").read_bytes() == before
+
+
 def test_what_is_exported_is_what_transformers_computes(pretrained: Path, tmp_path: Path):
     """Logits equal to 1e-5 in float32, the tokenizer's ids equal, and the folder fine-tunes as well as the run."""
     transformers = pytest.importorskip("transformers")
@@ -185,6 +237,87 @@ def test_fine_tuning_starts_from_a_run_or_a_folder(pretrained: Path, questions, 
     scored = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scored["f1"] == summary["evaluation"]["f1"]
     assert scored["missing"] == scored["unknown"] == 0
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained: Path, questions, tmp_path_factory) -> Path:
+    """A run of question answering whose windows are far from the usual ones."""
+    out = tmp_path_factory.mktemp("tuned") / "squad"
+    assert main([*finetuning(pretrained, questions), "--out", str(out)]) == 0
+    return out
+
+
+def finetuning(model: Path, questions: tuple[Path, Path]) -> list[str]:
+    names = ("--model", "--train", "--test")
+    command = ["finetune", "squad", "--epochs", "0.5"]
+    command += [part for name, path in zip(names, (model, *questions), strict=True) for part in (name, str(path))]
+    settings = ("max_sequence_length=40", "document_stride=8", "max_query_length=6")
+    command += [part for setting in settings for part in ("--set", f"data.{setting}")]
+    return [*command, "--set", "stages.0.batch_size=8", "--set", "stages.0.micro_batch_size=8"]
+
+
+def test_a_file_is_answered_in_the_runs_own_windows(tuned: Path, questions, capsys):
+    figures = []
+    for more in ([], ["--squad", str(questions[1])]):
+        assert main(["evaluate", str(tuned), *more]) == 0
+        figures.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert figures[1] == {**figures[0], "split": questions[1].name}
+    usual = evaluate_squad(*_model_and_questions(tuned, questions[1]))[0].metrics()
+    assert usual["f1"] != figures[0]["f1"], "the windows make no difference here"
+
+
+def _model_and_questions(run_directory: Path, file: Path) -> tuple[torch.nn.Module, SquadDataset, Tokenizer]:
+    encoder = open_encoder(run_directory)
+    model = BertForQuestionAnswering(encoder.config)
+    encoder.load_into(model)
+    return model, read_squad(file), encoder.tokenizer()
+
+
+def test_a_model_of_few_positions_answers_in_short_windows(pretrained: Path, questions, tmp_path: Path):
+    config = BertConfig.named("tiny", vocab_size=600, max_position_embeddings=48)
+    save_pretrained(BertForQuestionAnswering(config), tmp_path / "hf", open_encoder(pretrained).tokenizer_files)
+    assert 0 <= answer_file(tmp_path / "hf", questions[1])["f1"] <= 100
+
+
+def test_a_resumed_run_is_told_nothing_else(pretrained: Path, tuned: Path, questions, capsys):
+    """Repeated options are welcome; others were ignored in silence."""
+
+    def line(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 2
+        return capsys.readouterr().err
+
+    same = finetuning(pretrained, questions)
+    for command in (same, ["finetune", "squad"], ["train"], ["train", "squad"]):
+        assert main([*command, "--resume", "--out", str(tuned)]) == 0
+    resume = ("finetune", "squad", "--resume", "--out", tuned)
+    assert "leave epochs=3.0 out" in line(*resume, "--epochs", "3")
+    assert f"leave init={tuned} out" in line(*resume, "--model", tuned)
+    assert f"leave data.train={questions[1]} out" in line(*resume, "--train", questions[1])
+    assert f"leave data.test={questions[0]} out" in line(*resume, "--test", questions[0])
+    assert "leave data.bad_answers=skip out" in line(*resume, "--skip-bad-answers")
+    of_another = line("train", "bert-mini", "--resume", "--out", pretrained)
+    assert f"{pretrained} is a run of bert-tiny, not of bert-mini" in of_another
+    of_another = line("finetune", "squad", "--resume", "--out", pretrained)
+    assert f"{pretrained} is a run of bert-tiny; go on with `largebatch train --resume" in of_another
+
+
+@pytest.mark.parametrize(
+    ("settings", "text", "pieces"),
+    [
+        ({}, "Caf\u00e9", ["cafe"]),
+        ({"strip_accents": False}, "Caf\u00e9", ["caf\u00e9"]),
+        ({"strip_accents": True, "do_lower_case": False}, "caf\u00e9", ["cafe"]),
+        ({"tokenize_chinese_chars": True}, "\u4e2d\u6587", ["\u4e2d", "\u6587"]),
+        ({"tokenize_chinese_chars": False}, "\u4e2d\u6587", ["\u4e2d\u6587"]),
+    ],
+)
+def test_a_vocabulary_alone_is_read_as_its_settings_say(tmp_path: Path, settings, text: str, pieces: list[str]):
+    words = ["cafe", "caf\u00e9", "\u4e2d", "\u6587", "\u4e2d\u6587"]
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *words]), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(BertConfig.named("tiny", vocab_size=10).to_hf()))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = open_encoder(tmp_path).tokenizer()
+    assert tokenizer.encode(text, add_special_tokens=False).tokens == pieces
 
 
 def test_a_run_is_evaluated_as_it_was_at_its_end(pretrained: Path, capsys):

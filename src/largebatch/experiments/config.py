@@ -109,7 +109,7 @@ class ImageData:
     """A folder of images in the data set's own format."""
 
     path: str = ""
-    dataset: str = "mnist"
+    dataset: str = "mnist"  # or fashion-mnist
 
 
 @dataclass(frozen=True)
@@ -265,12 +265,15 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
             return str(value)
         if isinstance(value, bool):
             raise TypeError
-        if hint is int:
-            as_float = float(value)
+        if hint is float:
+            return float(value)
+        try:
+            return int(str(value))
+        except ValueError:
+            as_float = float(value)  # "1e6"
             if as_float != int(as_float):
-                raise ValueError
+                raise
             return int(as_float)
-        return float(value)
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[hint]
         raise UserError(f"{where}={value} is not {kind}") from None

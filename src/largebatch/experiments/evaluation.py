@@ -5,7 +5,9 @@ from typing import Any
 
 from largebatch.errors import UserError
 from largebatch.evaluate import evaluate_squad, read_predictions, read_squad, squad_score
-from largebatch.experiments.runner import build_workload, config_of
+from largebatch.experiments.config import SquadConfig, SquadData
+from largebatch.experiments.runner import build_workload, check_same_data, config_of
+from largebatch.experiments.squad import windows
 from largebatch.experiments.transfer import open_encoder, run_weights
 from largebatch.models import BertForQuestionAnswering
 from largebatch.train import distributed
@@ -15,6 +17,7 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     """The newest checkpoint of a run on its held-out data, by the last stage's measure."""
     config = config_of(run)
     workload = build_workload(config)
+    check_same_data(run, workload)
     model = workload.model()
     model.load_state_dict(run_weights(run))
     model.to(distributed.initialize(config.device))
@@ -22,7 +25,7 @@ def evaluate_run(run: Path) -> dict[str, Any]:
 
 
 def answer_file(model_path: Path, squad_file: Path) -> dict[str, Any]:
-    """A question-answering model, of ours or in Hugging Face's format, on a SQuAD file."""
+    """A question-answering model, of ours or in Hugging Face's format, on a SQuAD file; a run's in its own windows."""
     encoder = open_encoder(model_path)
     model = BertForQuestionAnswering(encoder.config)
     fresh = encoder.load_into(model)
@@ -31,7 +34,10 @@ def answer_file(model_path: Path, squad_file: Path) -> dict[str, Any]:
             f"{model_path} answers no questions (it has no {fresh[0]}); fine-tune it with `largebatch finetune squad`"
         )
     model.to(distributed.initialize("auto"))
-    score, _ = evaluate_squad(model, read_squad(squad_file, on_bad_answer="skip"), encoder.tokenizer())
+    config = config_of(model_path) if encoder.is_run else None
+    data = config.data if isinstance(config, SquadConfig) else SquadData()
+    dataset = read_squad(squad_file, on_bad_answer="skip")
+    score, _ = evaluate_squad(model, dataset, encoder.tokenizer(), **windows(data, encoder.config))
     return {"split": squad_file.name, **score.metrics()}
 
 

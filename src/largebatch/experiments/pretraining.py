@@ -1,5 +1,6 @@
 """BERT pre-training as a workload: a prepared corpus, masked words and next sentences."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from largebatch.errors import UserError
 from largebatch.evaluate.pretraining import evaluate_pretraining
 from largebatch.experiments.config import PretrainingConfig
 from largebatch.experiments.transfer import copy_tokenizer
-from largebatch.experiments.workload import cut, pack, rank_share
+from largebatch.experiments.workload import check_range, cut, pack, rank_share
 from largebatch.models import (
     BertConfig,
     BertForPreTraining,
@@ -34,12 +35,14 @@ class PretrainingWorkload:
     """Fulfils `Workload` for a `PretrainingConfig`.
 
     Raises:
-        UserError: the corpus is missing or damaged, or a stage has no sequence length.
+        UserError: the corpus is missing or damaged, a stage has no sequence length, or a setting is out of its range.
     """
 
     def __init__(self, config: PretrainingConfig) -> None:
         if not config.data.path:
             raise UserError("no corpus was given; make one with `largebatch prepare` and name it with --data")
+        check_range(config.data, "data.", masked_lm_probability=(0, 1), short_sequence_probability=(0, 1))
+        check_range(config.data, "data.", evaluation_sequences=(1, math.inf))
         self.config = config
         self.corpus = Corpus.open(Path(config.data.path))
         self.bert = BertConfig.named(
@@ -49,6 +52,7 @@ class PretrainingWorkload:
             attention_probs_dropout_prob=config.model.attention_dropout,
         )
         for index, stage in enumerate(config.stages):
+            check_range(stage, f"stages.{index}.", sequence_length=(5, math.inf), max_predictions=(1, math.inf))
             if stage.sequence_length is None:
                 raise UserError(f"stages.{index}.sequence_length is not set")
             if stage.sequence_length > self.bert.max_position_embeddings:
@@ -65,7 +69,11 @@ class PretrainingWorkload:
             if instances.num_instances(0) == 0:
                 raise UserError(f"{config.data.path} holds no training instance of length {stage.sequence_length}")
         self.micro_batch_sizes = [stage.micro_batch_size or 0 for stage in config.stages]
-        self.details = {"bert": self.bert.to_hf(), "vocab_size": self.bert.vocab_size}
+        self.details = {
+            "bert": self.bert.to_hf(),
+            "vocab_size": self.bert.vocab_size,
+            "corpus": self.corpus.identity,
+        }
         self.baselines = self._baselines() if holds_out else {}
         self.notes: list[str] = []
 

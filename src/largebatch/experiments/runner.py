@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -102,6 +103,8 @@ def _run(
     config: RunConfig, out: Path, started: bool, device: torch.device, settings: str, on_step: OnStep, on_event: OnEvent
 ) -> dict[str, Any]:
     config, workload, engine = prepare_engine(config, device, on_event)
+    if started:
+        check_same_data(out, workload)
     model, optimizer = engine.model, engine.optimizer
     chief = distributed.rank() == 0
     directory = RunDirectory(out, write=chief)
@@ -233,6 +236,27 @@ def config_of(run_directory: Path) -> RunConfig:
     return from_json(content)
 
 
+def check_same_data(run_directory: Path, workload: Workload) -> None:
+    """Refuse data that are not those of the run, as far as its details tell.
+
+    Raises:
+        UserError: they are others.
+    """
+    saved = read_json(run_directory / "config.json").get("details", {})
+    now = json.loads(json.dumps(workload.details))
+    for name in saved.keys() & now.keys():
+        if saved[name] != now[name]:
+            raise UserError(
+                f"the data of {run_directory} have changed since it began ({name} was {_short(saved[name])} and is "
+                f"{_short(now[name])}): put them back, or begin a new run"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:20]}..."
+
+
 def _changed(saved: RunConfig, asked: RunConfig) -> RunConfig:
     """The saved configuration with the settings of the other that may change when a run is resumed."""
     sizes = [stage.micro_batch_size for stage in asked.stages]
@@ -338,6 +362,8 @@ def _check_ranges(config: RunConfig) -> None:
     for name in ("evaluate_every", "checkpoint_every", "trust_ratios_every"):
         if getattr(config, name) < 0:
             raise UserError(f"{name} is {getattr(config, name)}; it must be a number of steps, or 0")
+    if not -(2**63) <= config.seed < 2**64:
+        raise UserError(f"seed is {config.seed}; it must fit into 64 bits: -2^63 to 2^64 - 1")
     if config.keep_checkpoints is not None and config.keep_checkpoints < 1:
         raise UserError(f"keep_checkpoints is {config.keep_checkpoints}; it must be at least 1, or none to keep all")
     if config.max_grad_norm is not None and not config.max_grad_norm > 0:

@@ -1,6 +1,7 @@
 """Question answering as a workload: a pre-trained encoder, SQuAD's format, exact match and F1."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,43 @@ from largebatch.evaluate import (
     squad_score,
     write_predictions,
 )
-from largebatch.experiments.config import SquadConfig
+from largebatch.experiments.config import SquadConfig, SquadData
 from largebatch.experiments.transfer import copy_tokenizer, open_encoder
-from largebatch.models import BertForQuestionAnswering, question_answering_loss, training_flops
+from largebatch.experiments.workload import check_range
+from largebatch.models import BertConfig, BertForQuestionAnswering, question_answering_loss, training_flops
 from largebatch.train import GlobalBatch, MicroBatch
+
+
+def windows(data: SquadData, bert: BertConfig) -> dict[str, int]:
+    """The lengths of the windows, as `squad_features` takes them, cut to what the model has positions for."""
+    length = min(data.max_sequence_length, bert.max_position_embeddings)
+    return {
+        "max_seq_length": length,
+        "doc_stride": min(data.document_stride, length // 3),
+        "max_query_length": min(data.max_query_length, length // 3),
+    }
 
 
 class SquadWorkload:
     """Fulfils `Workload` for a `SquadConfig`.
 
     Raises:
-        UserError: encoder or data are missing or damaged.
+        UserError: encoder or data are missing or damaged, or a setting is out of its range.
     """
 
     def __init__(self, config: SquadConfig) -> None:
         for name in ("train", "test"):
             if not getattr(config.data, name):
                 raise UserError(f"data.{name} is not set; name a file in SQuAD's JSON format")
+        if not 0 < config.epochs < math.inf:
+            raise UserError(f"epochs is {config.epochs}; it must be a number above 0")
+        check_range(config.data, "data.", max_sequence_length=(5, math.inf), document_stride=(1, math.inf))
+        check_range(config.data, "data.", max_query_length=(1, math.inf))
+        for index, stage in enumerate(config.stages):
+            check_range(stage, f"stages.{index}.", batch_size=(1, math.inf))
         self._encoder = open_encoder(Path(config.init))
         self.bert = self._encoder.config
-        length = min(config.data.max_sequence_length, self.bert.max_position_embeddings)
-        self._max_length = length
+        self._windows = windows(config.data, self.bert)
         self._data = config.data
         self._tokenizer = self._encoder.tokenizer()
         training = [self._read(Path(part)) for part in config.data.train.split(",")]
@@ -80,13 +97,7 @@ class SquadWorkload:
 
     def features(self, examples: list[Any]) -> SquadFeatures:
         """The windows of some questions."""
-        return squad_features(
-            examples,
-            self._tokenizer,
-            max_seq_length=self._max_length,
-            doc_stride=min(self._data.document_stride, self._max_length // 3),
-            max_query_length=min(self._data.max_query_length, self._max_length // 3),
-        )
+        return squad_features(examples, self._tokenizer, **self._windows)
 
     def model(self) -> nn.Module:
         model = BertForQuestionAnswering(self.bert)
@@ -111,7 +122,7 @@ class SquadWorkload:
         return question_answering_loss(model, micro_batch, totals)
 
     def probe_batch(self, stage: int, size: int) -> MicroBatch:
-        shape = (size, self._max_length)
+        shape = (size, self._windows["max_seq_length"])
         return {
             "input_ids": torch.full(shape, self.bert.vocab_size - 1),
             "token_type_ids": torch.zeros(shape, dtype=torch.int64),

@@ -1,5 +1,6 @@
 """What the runner needs to know of a kind of run; one class per kind fulfils it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from largebatch.errors import UserError
 from largebatch.experiments.config import RunConfig
 from largebatch.train import GlobalBatch, MicroBatch
 
@@ -49,6 +51,24 @@ class Workload(Protocol):
 
     def save_assets(self, run: Path) -> None:
         """Copy into a run directory what its model needs to be used elsewhere, such as the tokenizer."""
+
+
+def check_range(settings: Any, where: str, **ranges: tuple[float, float]) -> None:
+    """Refuse settings outside their ranges, both ends of which are inside; one that is None is left to its default.
+
+    Args:
+        settings: holds them by name.
+        where: what the command line puts before the names, such as "data.".
+        ranges: the least and the largest value of each.
+
+    Raises:
+        UserError: one is outside.
+    """
+    for name, (least, largest) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= largest:
+            bounds = f"at least {least}" if largest == math.inf else f"in {least} to {largest}"
+            raise UserError(f"{where}{name} is {value}; it must be {bounds}")
 
 
 def rank_share(batch_size: int, rank: int, world_size: int) -> slice:
