@@ -9,6 +9,7 @@ import pytest
 
 import largebatch
 from largebatch.cli import main
+from largebatch.experiments.console import RunDisplay, show_table
 
 ASSETS = Path(largebatch.__file__).parent / "assets"
 
@@ -92,6 +93,12 @@ def test_train_refuses_bad_settings(corpus, tmp_path, capsys):
         ("model.name=enormous",): "enormous",
         ("device=tpu",): "device is 'tpu'",
         ("stages.1.sequence_length=100000",): "100000",
+        ("stages.0.sequence_length=4",): "stages.0.sequence_length is 4; it must be at least 5",
+        ("stages.1.max_predictions=0",): "stages.1.max_predictions is 0; it must be at least 1",
+        ("stages.0.batch_size=0",): "stages.0.batch_size is 0; it must be at least 1",
+        ("data.masked_lm_probability=2",): "data.masked_lm_probability is 2.0; it must be in 0 to 1",
+        ("data.short_sequence_probability=-1",): "data.short_sequence_probability is -1.0; it must be in 0 to 1",
+        ("data.evaluation_sequences=0",): "data.evaluation_sequences is 0; it must be at least 1",
     }
     for settings, expected in cases.items():
         changes = [part for setting in settings for part in ("--set", setting)]
@@ -103,11 +110,84 @@ def test_train_refuses_bad_settings(corpus, tmp_path, capsys):
     assert "no such" in failure(capsys, "train", "lenet-mnist", "--data", tmp_path / "nowhere", "--out", run)
 
 
+def test_finetune_refuses_bad_settings(tmp_path, capsys):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    command = [
+        "finetune",
+        "squad",
+        "--model",
+        weights,
+        "--train",
+        "a.json",
+        "--test",
+        "b.json",
+        "--out",
+        tmp_path / "r",
+    ]
+    cases = {
+        ("--epochs", "0"): "epochs is 0.0; it must be a number above 0",
+        ("--epochs", "-1"): "epochs is -1.0; it must be a number above 0",
+        ("--epochs", "nan"): "epochs is nan; it must be a number above 0",
+        ("--set", "stages.0.batch_size=0"): "stages.0.batch_size is 0; it must be at least 1",
+        ("--set", "data.document_stride=0"): "data.document_stride is 0; it must be at least 1",
+        ("--set", "data.max_query_length=0"): "data.max_query_length is 0; it must be at least 1",
+        ("--set", "data.max_sequence_length=4"): "data.max_sequence_length is 4; it must be at least 5",
+        (): "model.safetensors/config.json cannot be read (Not a directory)",
+    }
+    for options, expected in cases.items():
+        line = failure(capsys, *command, *options)
+        assert expected in line, line
+        assert not (tmp_path / "r").exists()
+
+
+def test_a_file_is_no_folder_for_results(corpus, tmp_path, capsys, monkeypatch):
+    """Found before a micro-batch is looked for, which can take minutes."""
+    monkeypatch.setattr("largebatch.experiments.runner.find_micro_batch", lambda *_, **__: pytest.fail("too late"))
+    file = tmp_path / "file"
+    file.write_text("")
+    for command in (
+        ("train", "bert-tiny", "--data", corpus),
+        ("profile", "bert-tiny", "--data", corpus),
+        ("demo",),
+    ):
+        assert f"{file} is no folder; name another" in failure(capsys, *command, "--out", file)
+        assert f"{file} is no folder; name another" in failure(capsys, *command, "--out", file / "run")
+    assert f"is {file} a run directory?" in failure(capsys, "evaluate", file)
+
+
+def test_cuda_that_is_not_there(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    line = failure(capsys, "train", "bert-tiny", "--data", corpus, "--out", tmp_path / "run", "--set", "device=cuda")
+    assert "use --set device=cpu" in line
+
+
+def test_names_with_brackets_are_printed_as_they_are(capsys, monkeypatch):
+    """Guards: Rich takes them for markup, drops them, or fails on one that closes nothing."""
+    names = ["tiny[seed0]", "x[/b]", "a:cat:"]
+    for name in names:
+        show_table(name, ["", name], [[name, "1"]])
+        printed = capsys.readouterr().out
+        assert printed.count(name) == 3
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with RunDisplay(names[1]) as display:
+        display.event(f"resuming {names[0]}")
+        assert display._bar.columns[0].render(display._bar.tasks[0]).plain == names[1]
+    assert f"resuming {names[0]}" in capsys.readouterr().out
+
+
 def test_other_commands_refuse_bad_input(tmp_path, capsys):
     assert "run directory" in failure(capsys, "export", tmp_path)
     assert "name the model with --model" in failure(capsys, "finetune", "squad")
     assert "bert, resnet50" in failure(capsys, "plan", "gpt", "512").replace("'", "")
+    assert "batch_size is '64k'; it must be a whole number" in failure(capsys, "plan", "bert", "64k")
     assert "name a run" in failure(capsys, "evaluate")
+    assert f"there is no run in {tmp_path}/typo to resume" in failure(
+        capsys, "train", "--resume", "--out", tmp_path / "typo"
+    )
+    assert f"there is no run in {tmp_path}/typo to resume" in failure(
+        capsys, "finetune", "squad", "--resume", "--out", tmp_path / "typo"
+    )
     failure(capsys, "report", tmp_path / "nothing")
     content = json.loads((ASSETS / "squad_extract" / "test.json").read_text())
     content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] += 1
@@ -160,4 +240,7 @@ def test_profile_tells_where_a_step_goes(corpus, tmp_path, capsys):
 
 def test_profile_refuses_bad_input(corpus, tmp_path, capsys):
     assert "stages 0 to 1" in failure(capsys, "profile", "bert-tiny", "--data", corpus, "--stage", "2")
-    assert "at least 1" in failure(capsys, "profile", "bert-tiny", "--data", corpus, "--steps", "0")
+    for option in ("--steps", "--threads"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["profile", "bert-tiny", "--data", str(corpus), option, "0"])
+        assert f"argument {option}: '0' is not a whole number of at least 1" in capsys.readouterr().err

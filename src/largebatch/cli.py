@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     profile.add_argument("recipe", help="a recipe's name")
     _add_training_options(profile, resumes=False)
     profile.add_argument("--data", help="what the recipe reads: a corpus of `prepare`, or a folder of images")
-    profile.add_argument("--steps", type=int, default=5, help="steps that count (default: %(default)s)")
+    profile.add_argument("--steps", type=_count, default=5, help="steps that count (default: %(default)s)")
     profile.add_argument("--stage", type=int, default=0, help="of which stage, from 0 (default: %(default)s)")
     profile.set_defaults(command=_profile)
 
@@ -109,9 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     finetune.add_argument("--model", help="a run of `train`, or a folder in Hugging Face's format")
     finetune.add_argument("--train", help="training JSON; several joined by commas")
     finetune.add_argument("--test", help="evaluation JSON")
-    finetune.add_argument(
-        "--epochs", type=float, default=2.0, help="passes over the training set (default: %(default)s)"
-    )
+    finetune.add_argument("--epochs", type=float, help="passes over the training set (default: 2)")
     finetune.add_argument(
         "--skip-bad-answers", action="store_true", help="leave out answers that are not where the file says"
     )
@@ -142,17 +140,17 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=["optim", "bert", "data"], help="what to time")
     bench.add_argument("models", nargs="*", help="optim: bert-base, ..., resnet-50, 2000x1000; bert, data: tiny, ...")
     bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (default: %(default)s)")
-    bench.add_argument("--rounds", type=int, help="rounds that count (default: 20, 10 and 3)")
-    bench.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    bench.add_argument("--rounds", type=_count, help="rounds that count (default: 20, 10 and 3)")
+    bench.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
     bench.add_argument(
         "--allocator", choices=["tuned", "default"], default="tuned", help="optim: glibc's (%(default)s)"
     )
     bench.add_argument("--compiled", action="store_true", help="optim: also a compiled peer; its first step takes long")
     bench.add_argument("--only", default="", metavar="TEXT", help="optim: only those whose name holds this")
     bench.add_argument("--plot", type=Path, help="optim: a PNG to draw")
-    bench.add_argument("--lengths", type=int, action="append", help="bert: a sequence length; may be given again")
-    bench.add_argument("--sequences", type=int, default=64, help="bert: sequences of a step (default: %(default)s)")
-    bench.add_argument("--micro-batch", type=int, default=32, help="bert: of them at a time (default: %(default)s)")
+    bench.add_argument("--lengths", type=_count, action="append", help="bert: a sequence length; may be given again")
+    bench.add_argument("--sequences", type=_count, default=64, help="bert: sequences of a step (default: %(default)s)")
+    bench.add_argument("--micro-batch", type=_count, default=32, help="bert: of them at a time (default: %(default)s)")
     bench.add_argument(
         "--peer-bf16", action="store_true", help="bert: transformers under bfloat16 autocast in any case"
     )
@@ -170,6 +168,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    """The type of options that count something."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
 def _add_training_options(parser: argparse.ArgumentParser, resumes: bool = True) -> None:
     what = "the run directory (default: runs/RECIPE)" if resumes else "folder for the trace (default: profiles/RECIPE)"
     parser.add_argument("--out", type=Path, help=what)
@@ -180,7 +189,7 @@ def _add_training_options(parser: argparse.ArgumentParser, resumes: bool = True)
         parser.add_argument(
             "--resume", action="store_true", help="go on from the newest checkpoint in --out, bit for bit"
         )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -193,7 +202,12 @@ def _plan(options: argparse.Namespace) -> int:
     from largebatch.scaling import plan
 
     try:
-        batches = tuple(int(part.replace("_", "")) for part in options.batch_size.split(","))
+        batches = tuple(int(part) for part in options.batch_size.split(","))
+    except ValueError:
+        raise UserError(
+            f"batch_size is {options.batch_size!r}; it must be a whole number, or several joined by commas: 65536,32768"
+        ) from None
+    try:
         print(
             plan(
                 options.workload,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,37 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "gpt: no such model here; choose among bert-mini" in capsys.readouterr().err
     assert main(["bench", "data", "--text", str(tmp_path / "none.txt")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--micro-batch", "0"], "argument --micro-batch: '0' is not a whole number of at least 1"),
+        (["--sequences", "0"], "argument --sequences: '0'"),
+        (["--threads", "-1"], "argument --threads: '-1'"),
+        (["--rounds", "many"], "argument --rounds: 'many'"),
+    ],
+)
+def test_what_counts_is_at_least_one(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "bert", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_what_the_models_of_bench_bert_cannot_take_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for length in ("4", "1024"):
+        assert main(["bench", "bert", "--lengths", "128", "--lengths", length]) == 2
+        assert f"--lengths {length}: the models take 5 to 512 tokens" in capsys.readouterr().err
+    monkeypatch.setattr("largebatch.data.Corpus.open", lambda path: SimpleNamespace(vocab_size=30_523))
+    assert main(["bench", "bert", "--data", str(tmp_path)]) == 2
+    assert "a vocabulary of 30,523, and the models have the published one's 30,522" in capsys.readouterr().err
+
+
+def test_one_round_has_no_quartiles_but_itself(small: None) -> None:
+    (row,) = optim.bench_optim(["bert-base"], CPU, rounds=1, only="none of them")
+    assert row["ratio_quartiles"] == [row["ratio"]] * 2
 
 
 def test_benchmarks_without_time_are_named(tmp_path: Path) -> None:

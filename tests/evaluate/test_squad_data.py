@@ -162,7 +162,7 @@ def test_skipping_counts_and_keeps_the_text_for_scoring(squad_file: Callable[...
         (CONTEXT, "Where?", [("Europe", 3)]),
         (CONTEXT, "Where?", "Europe"),
     )
-    with pytest.raises(UserError, match="on_bad_answer='skip'"):
+    with pytest.raises(UserError, match="leave such answers out of training: --skip-bad-answers, on_bad_answer='skip'"):
         read_squad(path)
     dataset = read_squad(path, on_bad_answer="skip")
     assert dataset.bad_answers == ("q0", "q1")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from largebatch.errors import UserError
-from largebatch.train.metrics import RunDirectory, read_json
+from largebatch.train.metrics import RunDirectory, check_folder, read_json
 
 
 def lines(path: Path) -> list[dict]:
@@ -51,10 +51,30 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path):
     assert read.Scalars("step/loss")[0].value == 2.5
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("{", "is not JSON")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), ("{", "is not JSON"), ("[1]", "is not a JSON object")]
+)
 def test_a_missing_or_broken_file_is_named(tmp_path: Path, content, message):
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=f"config.json {message}"):
         read_json(path)
+
+
+def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/config\.json cannot be read \(Not a directory\); is .*file a run"):
+        read_json(tmp_path / "file" / "config.json")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=rf"{path} cannot be made: .*file is no folder; name another"):
+            RunDirectory(path)
+    RunDirectory(tmp_path / "file", write=False)
+
+
+def test_a_folder_that_may_not_be_written_is_found_before_anything_is_made(tmp_path: Path, monkeypatch):
+    check_folder(tmp_path / "new" / "run")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=f"run cannot be written: there is no permission for {tmp_path}; name another"):
+        check_folder(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()

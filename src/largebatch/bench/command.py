@@ -21,7 +21,7 @@ def bench(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine or this build of PyTorch has no GPU; leave it out for the CPU")
-    if options.threads:
+    if options.threads is not None:
         torch.set_num_threads(options.threads)
     rows = {"optim": _optim, "bert": _bert, "data": _data}[options.what](options, device)
     if options.out is not None:
@@ -73,12 +73,22 @@ def _optim(options: argparse.Namespace, device: torch.device) -> Rows:
 
 def _bert(options: argparse.Namespace, device: torch.device) -> Rows:
     from largebatch.data import Corpus
+    from largebatch.models import BertConfig
 
     from .bert import bench_bert
 
+    lengths, config = options.lengths or [128], BertConfig()
+    for length in lengths:
+        if not 5 <= length <= config.max_position_embeddings:
+            raise UserError(f"--lengths {length}: the models take 5 to {config.max_position_embeddings} tokens")
     corpus = None if options.data is None else Corpus.open(options.data)
+    if corpus is not None and corpus.vocab_size > config.vocab_size:
+        raise UserError(
+            f"--data {options.data}: a vocabulary of {corpus.vocab_size:,}, and the models have the published one's "
+            f"{config.vocab_size:,}; prepare the text with --vocab-size {config.vocab_size} or less"
+        )
     rows = bench_bert(
-        options.models or ["tiny", "mini"], options.lengths or [128], device, rounds=options.rounds or 10,
+        options.models or ["tiny", "mini"], lengths, device, rounds=options.rounds or 10,
         sequences=options.sequences, micro_batch=options.micro_batch, corpus=corpus,
         peer_bf16=options.peer_bf16, say=_say,
     )  # fmt: skip

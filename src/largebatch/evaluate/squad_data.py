@@ -221,7 +221,7 @@ class _Reader:
             identifier,
             where,
             f"the answer {_shown(text)} is not in its context at character {start} ({found})",
-            "correct answer_start, or leave such answers out of training with on_bad_answer='skip'",
+            "correct answer_start, or leave such answers out of training: --skip-bad-answers, on_bad_answer='skip'",
         )
 
     def _field(self, holder: Any, key: str, kind: type, where: str) -> Any:

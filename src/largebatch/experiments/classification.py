@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from largebatch.data import SampleStream, dropout_keys
-from largebatch.data.vision import load_idx_dataset
+from largebatch.data.vision import FASHION_MNIST_PIXELS, MNIST_PIXELS, load_idx_dataset
 from largebatch.errors import UserError
 from largebatch.evaluate.classification import evaluate_classification
 from largebatch.experiments.config import ClassificationConfig
@@ -18,6 +18,9 @@ from largebatch.models import classification_loss
 from largebatch.models.flops import lenet_training_flops
 from largebatch.models.vision import LeNet
 from largebatch.train import GlobalBatch, MicroBatch, distributed
+
+# The data sets in MNIST's format that `data.dataset` can name: mean and deviation of their training pixels.
+PIXELS = {"mnist": MNIST_PIXELS, "fashion-mnist": FASHION_MNIST_PIXELS}
 
 
 class ClassificationWorkload:
@@ -30,11 +33,15 @@ class ClassificationWorkload:
     def __init__(self, config: ClassificationConfig) -> None:
         if config.model != "lenet":
             raise UserError(f"model is {config.model!r}; known is lenet")
+        if config.data.dataset not in PIXELS:
+            raise UserError(f"data.dataset is {config.data.dataset!r}; known are {', '.join(PIXELS)}")
         if not config.data.path:
             raise UserError(f"no folder with {config.data.dataset} was given; name it with --data")
         self.config = config
-        self._train = load_idx_dataset(Path(config.data.path), "train")
-        self._test = load_idx_dataset(Path(config.data.path), "test")
+        mean, std = PIXELS[config.data.dataset]
+        self._train, self._test = (
+            load_idx_dataset(Path(config.data.path), split, mean=mean, std=std) for split in ("train", "test")
+        )
         self.micro_batch_sizes = [stage.micro_batch_size or 0 for stage in config.stages]
         self.details = {"train_images": len(self._train.labels), "test_images": len(self._test.labels)}
         self.baselines: dict[str, float] = {}

@@ -1,7 +1,6 @@
 """The commands behind the command line: they turn options into calls, and results into a few lines of text."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,18 +8,11 @@ from typing import Any
 
 from largebatch.errors import UserError
 from largebatch.experiments import recipes
-from largebatch.experiments.config import (
-    ClassificationConfig,
-    PretrainingConfig,
-    RunConfig,
-    SquadConfig,
-    keys,
-    override,
-    to_json,
-)
+from largebatch.experiments.config import RunConfig, SquadConfig, keys, override, to_json
 from largebatch.experiments.console import RunDisplay, show_table
 from largebatch.experiments.runner import ELASTIC, Interrupted, config_of, describe_evaluation, figures_of, run
 from largebatch.train import TrainingDiverged, distributed
+from largebatch.train.metrics import check_folder
 
 
 def train(options: argparse.Namespace) -> int:
@@ -28,45 +20,50 @@ def train(options: argparse.Namespace) -> int:
     if options.list:
         _list(options.recipe)
         return 0
-    if options.resume and options.out is not None and (options.out / "config.json").exists():
-        return resume(options)
-    if options.recipe is None:
+    if options.recipe is None and (options.out is None or not options.resume):
         raise UserError("name a recipe to train; `largebatch train --list` shows all")
     out = options.out or Path("runs") / options.recipe
     if options.resume and (out / "config.json").exists():
-        options.out = out
-        return resume(options)
+        saved = config_of(out)
+        if options.recipe not in (None, saved.recipe):
+            raise UserError(
+                f"{out} is a run of {saved.recipe}, not of {options.recipe}; leave it out, or name another folder"
+            )
+        return resume(saved, out, _settings(options), options.threads)
+    if options.recipe is None:
+        raise UserError(f"there is no run in {out} to resume; correct --out, or name a recipe to begin one")
     return execute(configure(options), out, threads=options.threads)
 
 
 def configure(options: argparse.Namespace) -> RunConfig:
     """Return the recipe that the options name, with its data and settings."""
     config = recipes.get(options.recipe)
-    if options.data:
-        if isinstance(config, SquadConfig):
-            raise UserError("the recipe squad takes its data with `largebatch finetune squad --train F --test F`")
-        assert isinstance(config, (PretrainingConfig, ClassificationConfig))
-        path = str(Path(options.data).resolve())
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))  # type: ignore[arg-type]
-    return override(config, options.set)
+    if options.data and isinstance(config, SquadConfig):
+        raise UserError("the recipe squad takes its data with `largebatch finetune squad --train F --test F`")
+    return override(config, _settings(options))
 
 
-def resume(options: argparse.Namespace) -> int:
-    """Go on with the run in `options.out`, with the settings it was started with but for those that may change.
+def _settings(options: argparse.Namespace) -> list[str]:
+    """What --data and --set ask for."""
+    return [*([f"data.path={_absolute(options.data)}"] if options.data else []), *options.set]
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def resume(saved: RunConfig, out: Path, settings: list[str], threads: int | None) -> int:
+    """Go on with the run in `out`, with the settings it was started with but for those that may change.
 
     Settings that are repeated are welcome: torchrun restarts a job with its old command line.
     """
-    saved = config_of(options.out)
-    settings = list(options.set)
-    if getattr(options, "data", None):
-        settings.append(f"data.path={Path(options.data).resolve()}")
     changed = [setting for setting in settings if not _is_elastic(setting) and override(saved, [setting]) != saved]
     if changed:
         raise UserError(
-            f"a resumed run keeps the settings in {options.out / 'config.json'}, all but "
+            f"a resumed run keeps the settings in {out / 'config.json'}, all but "
             f"{', '.join(ELASTIC)} and stages.N.micro_batch_size; leave {', '.join(changed)} out"
         )
-    return execute(override(saved, settings), options.out, resume=True, threads=options.threads)
+    return execute(override(saved, settings), out, resume=True, threads=threads)
 
 
 def _is_elastic(setting: str) -> bool:
@@ -78,9 +75,9 @@ def execute(config: RunConfig, out: Path, *, resume: bool = False, threads: int 
     """Run a configuration with a display; print where the results lie. Returns the exit status."""
     import torch
 
+    if distributed.is_chief():
+        check_folder(out)
     if threads is not None:
-        if threads < 1:
-            raise UserError(f"--threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
     try:
         with RunDisplay(config.recipe) as display:
@@ -116,23 +113,33 @@ def show_summary(summary: dict[str, Any], out: Path) -> None:
 def finetune(options: argparse.Namespace) -> int:
     """`largebatch finetune squad`."""
     out = options.out or Path("runs/squad")
+    settings = _finetune_settings(options)
     if options.resume and (out / "config.json").exists():
-        options.out = out
-        return resume(options)
+        saved = config_of(out)
+        if not isinstance(saved, SquadConfig):
+            raise UserError(f"{out} is a run of {saved.recipe}; go on with `largebatch train --resume --out {out}`")
+        return resume(saved, out, settings, options.threads)
     for name in ("model", "train", "test"):
         if getattr(options, name) is None:
-            raise UserError(f"name the {name} with --{name}; `largebatch finetune --help` says what it takes")
-    config = recipes.get("squad")
-    assert isinstance(config, SquadConfig)
-    data = dataclasses.replace(
-        config.data,
-        train=",".join(str(Path(part).resolve()) for part in options.train.split(",")),
-        test=str(Path(options.test).resolve()),
-        bad_answers="skip" if options.skip_bad_answers else "error",
-    )
-    config = dataclasses.replace(config, init=str(Path(options.model).resolve()), data=data, epochs=options.epochs)
-    config = override(config, options.set)
-    return execute(config, out, threads=options.threads)
+            where = f"there is no run in {out} to resume; to begin one, " if options.resume else ""
+            raise UserError(f"{where}name the {name} with --{name}; `largebatch finetune --help` says what it takes")
+    return execute(override(recipes.get("squad"), settings), out, threads=options.threads)
+
+
+def _finetune_settings(options: argparse.Namespace) -> list[str]:
+    """What --set and the options before it ask for."""
+    settings = []
+    if options.model is not None:
+        settings.append(f"init={_absolute(options.model)}")
+    if options.train is not None:
+        settings.append("data.train=" + ",".join(map(_absolute, options.train.split(","))))
+    if options.test is not None:
+        settings.append(f"data.test={_absolute(options.test)}")
+    if options.skip_bad_answers:
+        settings.append("data.bad_answers=skip")
+    if options.epochs is not None:
+        settings.append(f"epochs={options.epochs}")
+    return [*settings, *options.set]
 
 
 def evaluate(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ class RunDisplay:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.console = Console(highlight=False)
+        self.console = _console()
         self._bar: Progress | None = None
         self._task: Any = None
         self._last_line_s = time.monotonic()
@@ -29,7 +29,7 @@ class RunDisplay:
     def __enter__(self) -> "RunDisplay":
         if sys.stdout.isatty() and distributed.is_chief():
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -84,4 +84,9 @@ def show_table(title: str, header: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """A console that prints what it is given: the names of runs and paths may hold brackets and colons."""
+    return Console(highlight=False, markup=False, emoji=False)

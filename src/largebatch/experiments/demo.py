@@ -12,6 +12,7 @@ from largebatch.experiments.config import PretrainingConfig, RunConfig, SquadCon
 from largebatch.experiments.console import RunDisplay, show_table
 from largebatch.experiments.runner import run
 from largebatch.report import report
+from largebatch.train.metrics import check_folder
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 VOCABULARY_SIZE = 8192
@@ -26,9 +27,10 @@ def demo(out: Path, settings: list[str]) -> int:
         settings: `key=value` for the pre-training.
 
     Raises:
-        UserError: `out` holds something else.
+        UserError: `out` holds something else, or cannot be written to.
     """
     started = time.monotonic()
+    check_folder(out)
     out = _free_folder(out)
     if settings and (out / "pretraining" / "config.json").exists():
         raise UserError(

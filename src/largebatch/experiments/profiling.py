@@ -15,6 +15,7 @@ from largebatch.experiments.commands import configure
 from largebatch.experiments.console import show_table
 from largebatch.experiments.runner import prepare_engine
 from largebatch.train import DTYPES, StepResult, allocator, distributed, hardware, threads
+from largebatch.train.metrics import check_folder
 from largebatch.train.step_clock import PARTS
 
 _OPERATIONS = 12
@@ -24,15 +25,14 @@ def profile(options: argparse.Namespace) -> int:
     """Train some steps, the first two uncounted, tell where their time goes, and write a trace of the last one.
 
     Raises:
-        UserError: no such stage, fewer than one step, or many ranks.
+        UserError: no such stage, no folder to write to, too many steps, or many ranks.
     """
     config = configure(options)
     out = options.out or Path("profiles") / options.recipe
     if not 0 <= options.stage < len(config.stages):
         raise UserError(f"--stage is {options.stage}; {options.recipe} has stages 0 to {len(config.stages) - 1}")
-    if options.steps < 1:
-        raise UserError(f"--steps is {options.steps}; it must be at least 1")
-    if options.threads:
+    check_folder(out)
+    if options.threads is not None:
         torch.set_num_threads(options.threads)
     settings = allocator.keep_freed_memory()
     device = distributed.initialize(config.device, config.timeout_s)

@@ -84,8 +84,10 @@ def export_to_hf(run: Path, out: Path) -> None:
     """Write the newest checkpoint of a BERT run as `transformers` loads it.
 
     Raises:
-        UserError: the run is not of BERT, or has no checkpoint yet.
+        UserError: the run is not of BERT, or has no checkpoint yet, or `out` is a run directory.
     """
+    if (out / "config.json").exists() and "kind" in read_json(out / "config.json"):
+        raise UserError(f"{out} is a run, whose config.json would be lost; name another folder with --out")
     encoder = open_encoder(run)
     kinds = {"pretraining": BertForPreTraining, "squad": BertForQuestionAnswering}
     if not encoder.is_run:
@@ -114,4 +116,9 @@ def _read_tokenizer(files: Sequence[Path]) -> Tokenizer:
     settings = read_json(by_name["tokenizer_config.json"]) if "tokenizer_config.json" in by_name else {}
     tokens = Vocabulary.read(by_name["vocab.txt"]).tokens
     ids = {token: index for index, token in enumerate(tokens)}
-    return BertWordPieceTokenizer(ids, lowercase=settings.get("do_lower_case", True))._tokenizer
+    return BertWordPieceTokenizer(
+        ids,
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )._tokenizer

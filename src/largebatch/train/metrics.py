@@ -15,6 +15,9 @@ class RunDirectory:
     Args:
         path: the folder.
         write: False on ranks that only compute; every method then does nothing.
+
+    Raises:
+        UserError: the folder cannot be made, or not be written to.
     """
 
     def __init__(self, path: Path, *, write: bool = True) -> None:
@@ -23,6 +26,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self._sink: Any = None
         if write:
+            check_folder(path)
             path.mkdir(parents=True, exist_ok=True)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -75,6 +79,19 @@ class RunDirectory:
             self._sink.close()
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a folder for results that cannot be made or written to; nothing is made yet.
+
+    Raises:
+        UserError: that is so.
+    """
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{path} cannot be made: {nearest} is no folder; name another folder with --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: there is no permission for {nearest}; name another with --out")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` beside `path` and rename it there."""
     partial = path.with_name(f".partial-{path.name}")
@@ -86,14 +103,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        UserError: there is no such file, or it is not JSON.
+        UserError: there is no such file, it cannot be read, or it is not a JSON object.
     """
     try:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; is {path.parent} a run directory?") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); is {path.parent} a run directory?") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object; is {path.parent} a run directory?")
+    return content
 
 
 def _to_tensorboard(sink: Any, event: str, values: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ def initialize(device: str, timeout_s: float = 600) -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {device!r}; it must be auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch finds no CUDA device; use --device cpu")
+        raise UserError("device cuda was asked for, but torch finds no CUDA device; use --set device=cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     chosen = torch.device("cpu")
     if use_cuda:
