@@ -476,6 +476,10 @@ def test_links_and_mount_points(tmp_path, vocab, monkeypatch) -> None:
     with pytest.raises(UserError, match="disk: a mount point, which cannot be replaced; name a directory inside it"):
         prepare([source], tmp_path / "disk", vocab=vocab)
     assert not (tmp_path / "disk.partial").exists()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "there")
+    assert prepare([source], tmp_path / "disk" / "there", vocab=vocab).splits  # it is there, and need not be replaced
+    with pytest.raises(UserError, match="there: a mount point"):
+        prepare([source], tmp_path / "disk" / "there", vocab=vocab, overwrite=True, seed=1)
 
 
 KILLED = """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import small_training
+import torch
 import torch.distributed as dist
 from ranks import Collectives, on_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,6 +47,18 @@ def train(**settings: Any) -> dict[str, Any]:
         "weights": {name: whole(x.detach()) for name, x in engine.model.named_parameters()},
         "collectives": counts,
     }
+
+
+@torch.no_grad()
+def after_loading(offloaded: bool) -> dict[str, Any]:
+    """The weights after two steps, before which others were put into the sharded model, as a checkpoint does."""
+    engine = small_training.engine("fsdp", offloaded=offloaded)
+    for _, x in zip(range(2), engine.model.parameters(), strict=False):
+        x.mul_(2)
+    steps = engine.run()
+    with torch.enable_grad():
+        next(steps), next(steps)
+    return {name: whole(x.detach()) for name, x in engine.model.named_parameters()}
 
 
 def refused() -> str:
@@ -90,6 +103,7 @@ def body(rank: int) -> dict[str, Any]:
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size() // 2)  # two machines
     results = {case: train(**settings) for case, settings in CASES.items()}
     results["refused"] = refused()
+    results["after loading"] = {str(offloaded): after_loading(offloaded) for offloaded in (False, True)}
     results["tensor parallel"] = tensor_parallel(with_fsdp=False)
     results["tensor parallel and fsdp"] = tensor_parallel(with_fsdp=True)
     results["tensor parallel, in backward"] = tensor_parallel(with_fsdp=False, clips=False, in_backward=True)

@@ -65,6 +65,13 @@ def test_ranks_train_as_one_process_does(ranks: Any, alone: Any, sharding: str, 
     assert all(results[0]["clipped"])
 
 
+def test_offloading_notices_weights_that_are_loaded_into_shards(ranks: Any) -> None:
+    for result in ranks:
+        plain, offloaded = (result["after loading"][key] for key in ("False", "True"))
+        for name, x in plain.items():
+            torch.testing.assert_close(offloaded[name], x, rtol=RTOL, atol=0)
+
+
 @pytest.mark.parametrize("sharding", ["fsdp", "hsdp"])
 def test_the_optimizer_in_the_backward_pass_of_shards(ranks: Any, alone: Any, sharding: str) -> None:
     """Right, at an all-reduce of norms for each layer; replicas are refused, whose gradients DDP sums too late."""

@@ -289,6 +289,8 @@ def test_a_resumed_run_is_told_nothing_else(pretrained: Path, tuned: Path, quest
     same = finetuning(pretrained, questions)
     for command in (same, ["finetune", "squad"], ["train"], ["train", "squad"]):
         assert main([*command, "--resume", "--out", str(tuned)]) == 0
+    again = ["train", "--resume", "--out", str(pretrained), "--set", "seed=1", "--set", "seed=0"]
+    assert main([*again, "--set", "dropout_masks=auto"]) == 0  # the last seed counts, and auto says no other
     resume = ("finetune", "squad", "--resume", "--out", tuned)
     assert "leave epochs=3.0 out" in line(*resume, "--epochs", "3")
     assert f"leave init={tuned} out" in line(*resume, "--model", tuned)

@@ -62,6 +62,18 @@ def test_under_autocast(rows: int) -> None:
         assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [5, 20])
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(rows: int, dtype: torch.dtype) -> None:
+    inputs, labels = draw(rows)
+    inputs = [a.detach().to(dtype).requires_grad_() for a in inputs]
+    loss, _ = linear_cross_entropy(*inputs, labels)
+    first = torch.autograd.grad(loss / 3, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss / 3, inputs)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert [x.dtype for x in first] == [dtype] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_of_several_largest_logits_the_first_wins(dtype: torch.dtype) -> None:
     weight = torch.zeros(50, 16)

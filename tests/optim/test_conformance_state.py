@@ -115,6 +115,22 @@ def test_adamws_state_dict_makes_no_decay_decoupled() -> None:
     (group,) = optimizer.param_groups
     assert (group["lr"], group["decoupled_weight_decay"]) == (0.3, False)
     assert torch.equal(optimizer.state[y]["exp_avg"], source.state[x]["exp_avg"])
+    group["decoupled_weight_decay"] = True
+    other = LAMB([y])
+    other.load_state_dict(optimizer.state_dict())  # which still says amsgrad, as torch keeps what it does not know
+    assert other.param_groups[0]["decoupled_weight_decay"]
+
+
+def test_sgds_state_dict_without_momentum_is_one_without_state() -> None:
+    x, y = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2))
+    source, optimizer = torch.optim.SGD([x], lr=0.3), LARS([y], lr=0.1)
+    step_alike(source)
+    state_dict = source.state_dict()
+    state_dict["state"] = {0: {"momentum_buffer": None}}  # as torch wrote it for long
+    optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    step_alike(optimizer)
+    assert optimizer.state[y]["momentum_buffer"].any()
 
 
 @pytest.mark.parametrize("kind", [LAMB, LARS])

@@ -233,6 +233,10 @@ def test_settings_of_a_group_are_checked() -> None:
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match=r"phi=\(3, 1\): expected"):
         Layerwise(torch.optim.SGD([{"params": [x], "phi": (3, 1)}], lr=0.1))
+    optimizer = Layerwise(torch.optim.SGD([x], lr=0.1))
+    with pytest.raises(ValueError, match=r"phi=\(3, 1\): expected"):
+        optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)], "phi": (3, 1)})
+    assert len(optimizer.param_groups) == 1
 
 
 # ---- a small transformer ----

@@ -54,10 +54,13 @@ class Counting(torch.optim.Optimizer):
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1})
+        for group in self.param_groups:
+            group["k"] = 0
 
     def step(self):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
+            group["k"] += 2
             for x in group["params"]:
                 state = self.state[x]
                 state["step"] = state.get("step", 0) + 1
@@ -72,7 +75,7 @@ def test_an_optimizers_plain_numbers_come_back(tmp_path: Path):
         model(torch.ones(2, 3)).sum().backward()
         optimizer.step()
     checkpoint.load(checkpoint.save(tmp_path, model, optimizer, Progress(step=3)), model, other)
-    assert [group["step"] for group in other.param_groups] == [3]
+    assert [(group["step"], group["k"]) for group in other.param_groups] == [(3, 6)]
     for x, state in optimizer.state.items():
         assert other.state[x]["step"] == 3
         assert torch.equal(other.state[x]["m"], state["m"])

@@ -326,6 +326,14 @@ def test_only_what_the_optimizer_moves_counts_as_gradient():
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(head), strict=True))
 
 
+def test_gradients_of_what_only_the_optimizer_holds_are_let_go_of_too():
+    engine = engine_of()
+    temperature = nn.Parameter(torch.ones(1))
+    engine.optimizer.add_param_group({"params": [temperature]})
+    engine.loss = lambda model, batch, totals: (model(batch["x"]).square().mean() * 0 + temperature.sum(), {})
+    assert [result.grad_norm for result in engine.run()] == [2.0] * 5 + [1.0] * 4  # two micro-batches, then one
+
+
 def test_stages_that_have_no_steps_or_too_few_batches_are_named():
     engine = engine_of()
     engine.stages = [Stage("empty", 0, 12, lambda step: 0.1)]

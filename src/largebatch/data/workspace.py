@@ -40,8 +40,8 @@ class Workspace:
         self._done = False
 
     def __enter__(self) -> "Workspace":
-        if os.path.ismount(self.out):
-            raise UserError(f"{self.out}: a mount point, which cannot be replaced; name a directory inside it")
+        if not (self.out / MANIFEST_NAME).is_file():
+            self._check_no_mount()
         if os.path.lexists(self.out) and not self.out.is_dir():
             raise UserError(f"{self.out}: a file of that name is in the way; choose another output directory")
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / MANIFEST_NAME).is_file():
@@ -107,8 +107,13 @@ class Workspace:
                     f"{self.out}: already holds a corpus of other inputs or settings; choose another directory, "
                     "or delete it first (in Python, or overwrite=True)"
                 )
+        self._check_no_mount()
         self._replace = True
         return None
+
+    def _check_no_mount(self) -> None:
+        if os.path.ismount(self.out):
+            raise UserError(f"{self.out}: a mount point, which cannot be replaced; name a directory inside it")
 
     def vocabulary(self, plan: dict[str, Any], make: Callable[[], Vocabulary]) -> Vocabulary:
         """The vocabulary of an earlier, interrupted run of the same plan, or a new one."""

@@ -57,13 +57,16 @@ def resume(saved: RunConfig, out: Path, settings: list[str], threads: int | None
 
     Settings that are repeated are welcome: torchrun restarts a job with its old command line.
     """
-    changed = [setting for setting in settings if not _is_elastic(setting) and override(saved, [setting]) != saved]
-    if changed:
+    # "auto" was resolved when the run began, and of a setting that is given twice the last counts.
+    fixed = [setting for setting in settings if not _is_elastic(setting) and not setting.endswith("=auto")]
+    if override(saved, fixed) != saved:
+        changed = [setting for setting in fixed if override(saved, [setting]) != saved]
         raise UserError(
             f"a resumed run keeps the settings in {out / 'config.json'}, all but "
             f"{', '.join(ELASTIC)} and stages.N.micro_batch_size; leave {', '.join(changed)} out"
         )
-    return execute(override(saved, settings), out, resume=True, threads=threads)
+    elastic = [setting for setting in settings if _is_elastic(setting)]
+    return execute(override(saved, elastic), out, resume=True, threads=threads)
 
 
 def _is_elastic(setting: str) -> bool:

@@ -112,9 +112,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return tensor * factor in ``dtype``; the product is rounded once."""
-    if tensor.dtype is dtype:
-        return tensor * factor
-    return tensor.to(torch.float32).mul_(factor).to(dtype)
+    if tensor.dtype.itemsize < 4:
+        return tensor.to(torch.float32).mul_(factor).to(dtype)
+    return (tensor * factor).to(dtype)
 
 
 def linear_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

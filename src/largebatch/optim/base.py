@@ -213,11 +213,15 @@ class LayerwiseOptimizer(Optimizer):
         as_loaded: dict[str, Any] = {}
 
         def complete(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
-            for state in loaded["state"].values():
+            states = {
+                number: {key: value for key, value in state.items() if value is not None}  # SGD's without momentum
+                for number, state in loaded["state"].items()
+            }
+            for state in states.values():
                 self._check_state(state)
             pairs = zip(loaded["param_groups"], self.param_groups, strict=False)  # torch says if there are too few
             groups = [self._completed(group, own) for group, own in pairs]
-            as_loaded.update(loaded, param_groups=groups + loaded["param_groups"][len(groups) :])
+            as_loaded.update(loaded, state=states, param_groups=groups + loaded["param_groups"][len(groups) :])
             return as_loaded
 
         handle = self.register_load_state_dict_pre_hook(complete)  # after the user's
@@ -247,7 +251,7 @@ class LayerwiseOptimizer(Optimizer):
     def _completed(self, group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """Return a loaded group with the settings that it lacks, from the group whose place it takes."""
         theirs = dict(group)
-        if "amsgrad" in theirs:  # torch's Adam, which says by this key that it is AdamW
+        if "amsgrad" in theirs and "always_adapt" not in theirs:  # torch's Adam, which says so that it is AdamW
             theirs.pop("decoupled_weight_decay", None)
         return {key: own[key] for key in self.defaults if key in own} | theirs
 

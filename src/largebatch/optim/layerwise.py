@@ -144,6 +144,12 @@ class Layerwise(Wrapper):
 
     # ---- what is the base optimizer's ----
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters to the base optimizer."""
+        if isinstance(param_group, dict):
+            check_phi(param_group.get("phi"))
+        super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the base optimizer alone."""
         own = [{key: group[key] for key in ("phi", "adapt")} for group in self.param_groups]

@@ -154,10 +154,10 @@ class Chunk:
             self._copied[member.x] = version(member.x)
 
 
-def version(x: Tensor) -> tuple[int, int]:
-    """Return what changes whenever the weights do."""
+def version(x: Tensor) -> tuple[int, int, int]:
+    """Return what changes whenever the weights do, those of a shard by themselves or through their DTensor."""
     held = norms.local(x)
-    return held.data_ptr(), held._version
+    return held.data_ptr(), held._version, x._version
 
 
 @torch.no_grad()

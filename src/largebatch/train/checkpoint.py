@@ -110,7 +110,7 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
             if state := tensors | kept["numbers"].get(name, {}):
                 state_dict["state"][places[id(parameter)]] = state
         for group, counters in zip(state_dict["param_groups"], kept["groups"], strict=False):
-            group.update(counters | group)
+            group.update(counters)
         try:
             optimizer.load_state_dict(state_dict)
         except ValueError as error:

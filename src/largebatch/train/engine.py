@@ -222,7 +222,7 @@ class Engine:
                     loss, _ = self.loss(self.model, to_device(micro_batch, device), totals)
                 loss.backward()  # type: ignore[no-untyped-call]
             finally:
-                self.model.zero_grad(set_to_none=True)
+                self._let_go_of_gradients()
                 with torch.no_grad():
                     for x, before in buffers:
                         x.copy_(before)
@@ -245,7 +245,7 @@ class Engine:
         set_learning_rate(self.optimizer, learning_rate)
         totals, (num_sequences, num_tokens, flops) = _global_counts(batch, device)
         self.model.train()
-        self.model.zero_grad(set_to_none=True)
+        self._let_go_of_gradients()
         scale = self.progress.loss_scale if self.autocast == "fp16" else 1.0
         sums: dict[str, Tensor] = {}
         for index, micro_batch in enumerate(batch.micro_batches):
@@ -304,6 +304,11 @@ class Engine:
             data_s=data_s,
             parts_s=clock.parts_s,
         )
+
+    def _let_go_of_gradients(self) -> None:
+        """Of what the optimizer does not move too, which would pile up, and of what only it holds."""
+        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast == "fp32" else torch.autocast(device.type, DTYPES[self.autocast])
