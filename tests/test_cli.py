@@ -228,12 +228,13 @@ def test_the_parser_imports_nothing_heavy():
 
 def test_profile_tells_where_a_step_goes(corpus, tmp_path, capsys):
     settings = [f"stages.0.{key}" for key in ("batch_size=8", "micro_batch_size=4", "sequence_length=32", "steps=5")]
-    settings += ["stages.0.warmup_steps=1", "stages.1.micro_batch_size=4", "device=cpu"]
+    settings += ["stages.0.warmup_steps=1", "device=cpu"]
     command = ["profile", "bert-tiny", "--data", str(corpus), "--out", str(tmp_path / "p"), "--steps", "2"]
     assert main([*command, *(part for setting in settings for part in ("--set", setting))]) == 0
     printed = capsys.readouterr().out
     for word in ("data", "forward", "backward", "reduction", "optimizer", "aten::", "tokens/s", "memory of a step"):
         assert word in printed
+    assert "seq512" not in printed  # no micro-batch is sought for a stage that is not run
     events = json.loads((tmp_path / "p" / "trace.json").read_text())["traceEvents"]
     assert any(event.get("name") == "aten::mm" for event in events)
 

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--rates", default="sqrt", help="whose rates: sqrt (the paper's rule) or nvidia (default: %(default)s)"
     )
     plan.add_argument("--samples", type=int, help="samples of the whole run, where they are not the paper's")
+    plan.add_argument("--rewarmup", action="store_true", help="warm up again in every stage")
     plan.set_defaults(command=_plan)
 
     prepare = commands.add_parser("prepare", help="raw text -> documents -> sentences -> WordPiece -> token shards")
@@ -108,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     finetune.add_argument("task", choices=["squad"], help="question answering in SQuAD v1.1's format")
     finetune.add_argument("--model", help="a run of `train`, or a folder in Hugging Face's format")
     finetune.add_argument("--train", help="training JSON; several joined by commas")
-    finetune.add_argument("--test", help="evaluation JSON")
+    finetune.add_argument("--test", help="evaluation JSON; needed, as are --model and --train")
     finetune.add_argument("--epochs", type=float, help="passes over the training set (default: 2)")
     finetune.add_argument(
         "--skip-bad-answers", action="store_true", help="leave out answers that are not where the file says"
@@ -214,6 +215,7 @@ def _plan(options: argparse.Namespace) -> int:
                 batches[0] if len(batches) == 1 else batches,
                 recipe=options.rates,
                 samples=options.samples,
+                rewarmup=True if options.rewarmup else None,
             )
         )
     except ValueError as error:

@@ -339,7 +339,7 @@ def plan(
         workload: "bert", "resnet50", or a ``Workload`` of your own.
         batch_size: samples per update, all devices together; one for the whole run, or one per phase.
         recipe: "sqrt", the paper's rules; or "nvidia", for BERT at (65536, 32768) alone, NVIDIA's rates, warm-ups
-            and power. The paper does not print the rates of that run.
+            and power. The rates of that run were found in no source.
         samples: sequences or images of the whole run, in place of the workload's.
         base_learning_rate: peak rate at ``base_batch_size``, in place of the workload's.
         base_batch_size: the batch that ``base_learning_rate`` and ``base_warmup`` belong to. Give them with it.
@@ -396,7 +396,7 @@ def _nvidia(work: Workload, batches: tuple[int, ...], steps: tuple[int, ...], re
         for phase, batch, count, rate, warmup in settings
     )
     notes = (
-        "Rates, warm-ups and power 0.5 are those of NVIDIA's BERT-Large; the paper does not print the mixed run's.",
+        "Rates, warm-ups and power 0.5 are those of NVIDIA's BERT-Large; the mixed run's were found in no source.",
         "NVIDIA itself runs 7,038 + 1,563 steps.",
         _MIXED_NOTE,
     )
@@ -481,7 +481,7 @@ def _notes(work: Workload, batches: tuple[int, ...], rewarmup: bool, printed: bo
         sizes = " and ".join(f"{batch:,}" for batch in beyond)
         notes.append(f"Batch {sizes}: no row of the paper's table, but its rule; the nearest row is {nearest:,}.")
     if printed:
-        notes.append("The paper does not print this run's rates and warm-ups: these are its rules, not its numbers.")
+        notes.append("The sources found do not print this run's rates and warm-ups: these are the paper's rules.")
         notes.append(_MIXED_NOTE)
     if len(work.phases) > 1:
         if rewarmup:
@@ -489,8 +489,11 @@ def _notes(work: Workload, batches: tuple[int, ...], rewarmup: bool, printed: bo
         else:
             notes.append(
                 "One curve over all stages. Whether the paper's single-batch runs warm up again is not stated; "
-                "rewarmup=True does."
+                "--rewarmup (rewarmup=True) does."
             )
     if work.name == "resnet50":
-        notes.append("Goes with decoupled weight decay 1.5, batch-norm parameters excluded: not BERT's 0.01.")
+        notes.append(
+            "Goes with weight decay 1.5 as part of u (decoupled_weight_decay stays off), batch-norm parameters "
+            "excluded: not BERT's 0.01."
+        )
     return tuple(notes)

@@ -4,6 +4,7 @@ Guards against a tied embedding that moves before all its uses are summed, check
 can go on from, and combinations that would be wrong in silence.
 """
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from largebatch.errors import UserError
+from largebatch.experiments import runner
 from largebatch.experiments.runner import run
 from largebatch.train import checkpoint
 
@@ -76,10 +78,19 @@ def test_what_cannot_go_with_it_is_refused(corpus: Path, tmp_path: Path, setting
     assert not (tmp_path / "run").exists()
 
 
+def test_fewer_ranks_take_larger_shares_in_the_backward_pass(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere micro-batches only become smaller; here a rank takes all of its share at once, which has grown."""
+    saved = small_bert(corpus, "stages.0.micro_batch_size=8", "stages.1.micro_batch_size=4")  # of two ranks
+    assert [stage.micro_batch_size for stage in runner._fit_to_ranks(saved).stages] == [8, 4]
+    in_backward = dataclasses.replace(saved, optimizer_in_backward=True)
+    assert [stage.micro_batch_size for stage in runner._fit_to_ranks(in_backward).stages] == [16, 8]
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ("max_grad_norm=0", r"max_grad_norm is 0\.0; it must be above 0, or none not to clip"),
+        ("timeout_s=nan", "timeout_s is nan; it must be a number of seconds above 0"),
         ("keep_checkpoints=-1", "keep_checkpoints is -1; it must be at least 1, or none to keep all"),
         ("seed=18446744073709551616", r"seed is 18446744073709551616; it must fit into 64 bits"),
         ("evaluate_every=-1", "evaluate_every is -1; it must be a number of steps, or 0"),

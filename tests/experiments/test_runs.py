@@ -10,12 +10,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from largebatch.cli import main
+from largebatch.cli import build_parser, main
 from largebatch.data import prepare
 from largebatch.data.vocabulary import SPECIAL_TOKENS
 from largebatch.errors import UserError
 from largebatch.evaluate import SquadDataset, evaluate_squad, read_squad
 from largebatch.experiments.classification import ClassificationWorkload
+from largebatch.experiments.commands import _finetune_settings, configure
 from largebatch.experiments.config import override
 from largebatch.experiments.evaluation import answer_file, evaluate_run
 from largebatch.experiments.recipes import get
@@ -332,3 +333,17 @@ def test_the_report_reads_a_real_run(pretrained: Path, tmp_path: Path, capsys):
     assert main(["report", str(pretrained), "--out", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
     assert "seq512" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_paths_in_settings_are_good_from_any_directory(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As those of --data are, so that a run can be resumed and evaluated from elsewhere."""
+    monkeypatch.chdir(corpus.parent)
+    options = build_parser().parse_args(["train", "bert-tiny", "--set", f"data.path={corpus.name}"])
+    assert configure(options).data.path == str(corpus.resolve())
+    files = ["--train", "a.json,b.json", "--model", "m"]
+    settings = _finetune_settings(
+        build_parser().parse_args(["finetune", "squad", *files, "--set", "data.test=c,d.json"])
+    )
+    here = corpus.parent.resolve()
+    assert settings[:2] == [f"init={here / 'm'}", f"data.train={here / 'a.json'},{here / 'b.json'}"]
+    assert settings[2] == f"data.test={here / 'c,d.json'}"

@@ -121,6 +121,19 @@ def test_adamws_state_dict_makes_no_decay_decoupled() -> None:
     assert other.param_groups[0]["decoupled_weight_decay"]
 
 
+@pytest.mark.parametrize("form", ["paper", "2017"])
+def test_the_momentum_of_one_form_of_lars_is_refused_by_the_other(form: str) -> None:
+    x, y = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2))
+    source = LARS([x], lr=0.1, form=form)
+    optimizer = LARS([y], lr=0.1, form={"paper": "2017", "2017": "paper"}[form])
+    step_alike(source)
+    with pytest.raises(ValueError, match=f"state_dict='{form}': expected momentum of the form"):
+        optimizer.load_state_dict(source.state_dict())
+    assert not optimizer.state
+    with pytest.raises(ValueError, match=f"form='{form}': expected '{optimizer.form}' in all groups"):
+        optimizer.add_param_group({"params": [Parameter(torch.ones(1))], "form": form})
+
+
 def test_sgds_state_dict_without_momentum_is_one_without_state() -> None:
     x, y = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2))
     source, optimizer = torch.optim.SGD([x], lr=0.3), LARS([y], lr=0.1)

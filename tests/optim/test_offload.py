@@ -7,13 +7,14 @@ weights, settings or state that have gone stale, and against a state dict that o
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from deferred_cases import MAKES, Network, assert_same, backward, plain, train, with_a_group_added
 from torch import nn
 
-from largebatch import LAMB, param_groups
+from largebatch import LAMB, Layerwise, param_groups
 from largebatch.optim import CPUOffload, offload
 
 
@@ -163,3 +164,21 @@ def test_from_a_gpu(name: str) -> None:
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs.cpu())
         assert all(value.device.type == "cpu" for value in optimizer.state[theirs].values())
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, CPUOffload], ids=["alone", "offloaded"])
+@pytest.mark.parametrize(
+    "make", [LAMB, lambda groups: Layerwise(torch.optim.SGD(groups, lr=0.1))], ids=["LAMB", "Layerwise"]
+)
+def test_layers_of_one_name_each_have_their_ratio(make: Any, wrap: Any) -> None:
+    """Two models in one optimizer: a NaN in the first must not hide behind the second's."""
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    optimizer = wrap(make(param_groups(first) + param_groups(second)))
+    for x in (*first.parameters(), *second.parameters()):
+        x.grad = torch.ones_like(x)
+    first.weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    ratios = optimizer.trust_ratios()
+    assert list(ratios) == ["weight", "bias", "weight#2", "bias#2"]
+    assert ratios["weight"].isnan()
+    assert ratios["weight#2"].isfinite()

@@ -49,6 +49,13 @@ def test_to_keep_none_is_refused(tmp_path: Path, keep: int):
     assert not any(tmp_path.iterdir())
 
 
+def test_what_a_killed_run_left_behind_goes(tmp_path: Path):
+    (tmp_path / ".partial-step-00000003").mkdir()
+    (tmp_path / ".partial-step-00000003" / "__0_0.distcp").write_bytes(b"half")
+    saved = checkpoint.save(tmp_path, *trained(), Progress(step=4))
+    assert list(tmp_path.iterdir()) == [saved]
+
+
 class Counting(torch.optim.Optimizer):
     """Momentum whose step counts are plain numbers, in the state and in the group, as some keep them."""
 

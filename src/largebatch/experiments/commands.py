@@ -45,11 +45,19 @@ def configure(options: argparse.Namespace) -> RunConfig:
 
 def _settings(options: argparse.Namespace) -> list[str]:
     """What --data and --set ask for."""
-    return [*([f"data.path={_absolute(options.data)}"] if options.data else []), *options.set]
+    return _with_whole_paths([*([f"data.path={options.data}"] if options.data else []), *options.set])
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).resolve())
+def _with_whole_paths(settings: list[str]) -> list[str]:
+    """The settings, with paths as they are from any directory; those of data.train are joined by commas."""
+    whole = []
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key.strip() in ("data.path", "data.train", "data.test", "init") and value:
+            paths = value.split(",") if key.strip() == "data.train" else [value]
+            setting = f"{key}={','.join(str(Path(path).resolve()) for path in paths)}"
+        whole.append(setting)
+    return whole
 
 
 def resume(saved: RunConfig, out: Path, settings: list[str], threads: int | None) -> int:
@@ -133,16 +141,16 @@ def _finetune_settings(options: argparse.Namespace) -> list[str]:
     """What --set and the options before it ask for."""
     settings = []
     if options.model is not None:
-        settings.append(f"init={_absolute(options.model)}")
+        settings.append(f"init={options.model}")
     if options.train is not None:
-        settings.append("data.train=" + ",".join(map(_absolute, options.train.split(","))))
+        settings.append(f"data.train={options.train}")
     if options.test is not None:
-        settings.append(f"data.test={_absolute(options.test)}")
+        settings.append(f"data.test={options.test}")
     if options.skip_bad_answers:
         settings.append("data.bad_answers=skip")
     if options.epochs is not None:
         settings.append(f"epochs={options.epochs}")
-    return [*settings, *options.set]
+    return _with_whole_paths([*settings, *options.set])
 
 
 def evaluate(options: argparse.Namespace) -> int:

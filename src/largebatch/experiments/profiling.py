@@ -38,7 +38,7 @@ def profile(options: argparse.Namespace) -> int:
     device = distributed.initialize(config.device, config.timeout_s)
     if distributed.world_size() > 1:
         raise UserError("profile runs in one process; leave torchrun out")
-    config, _, engine = prepare_engine(config, device, print)
+    config, _, engine = prepare_engine(config, device, print, only=options.stage)
     engine.breakdown = True
     engine.progress.stage = options.stage
     steps = engine.run()

@@ -127,8 +127,14 @@ def _run(
         directory.close()
 
 
-def prepare_engine(config: RunConfig, device: torch.device, on_event: OnEvent) -> tuple[RunConfig, Workload, Engine]:
+def prepare_engine(
+    config: RunConfig, device: torch.device, on_event: OnEvent, only: int | None = None
+) -> tuple[RunConfig, Workload, Engine]:
     """Make all that a run needs to begin: the configuration with nothing left to find out, its workload, its engine.
+
+    Args:
+        config, device, on_event: of the run.
+        only: the stage that is to be run, None for all; the others' micro-batches are not looked for.
 
     Raises:
         UserError: settings or data are not right.
@@ -162,7 +168,7 @@ def prepare_engine(config: RunConfig, device: torch.device, on_event: OnEvent) -
         in_backward=config.optimizer_in_backward,
         breakdown=device.type == "cpu",  # where it costs nothing
     )
-    config = _with_micro_batches(config, workload, engine, device, on_event)
+    config = _with_micro_batches(config, workload, engine, device, on_event, only)
     return config, workload, engine
 
 
@@ -268,11 +274,13 @@ def _changed(saved: RunConfig, asked: RunConfig) -> RunConfig:
 
 
 def _fit_to_ranks(config: RunConfig) -> RunConfig:
-    """Make the micro-batches smaller where the ranks of a resumed run cannot cut their shares into the old ones."""
+    """Give the ranks of a resumed run micro-batches that they can cut their shares into, no larger if it can be."""
     stages = []
     for stage in config.stages:
         share, size = stage.batch_size // distributed.world_size(), stage.micro_batch_size
-        if size is not None and share % size:
+        if config.optimizer_in_backward:  # which takes the whole share at once
+            size = share
+        elif size is not None and share % size:
             size = max(smaller for smaller in divisors(share) if smaller < size)
         stages.append(dataclasses.replace(stage, micro_batch_size=size))
     return dataclasses.replace(config, stages=tuple(stages))
@@ -429,11 +437,13 @@ def _rate(curve: Callable[[int], float], offset: int, step: int) -> float:
 
 
 def _with_micro_batches(
-    config: RunConfig, workload: Workload, engine: Engine, device: torch.device, on_event: OnEvent
+    config: RunConfig, workload: Workload, engine: Engine, device: torch.device, on_event: OnEvent, only: int | None
 ) -> RunConfig:
     """Fill in the micro-batch of every stage that has none, by a probe that leaves the model as it was."""
-    stages = []
-    for index, stage in enumerate(config.stages):
+    stages = list(config.stages)
+    wanted = range(len(stages)) if only is None else [only]
+    for index in wanted:
+        stage = stages[index]
         size = stage.micro_batch_size
         if size is None and config.optimizer_in_backward:
             size = stage.batch_size // distributed.world_size()
@@ -448,11 +458,11 @@ def _with_micro_batches(
             )
             on_event(f"{stage.name}: micro-batch {size} of {stage.batch_size}, found by a probe")
         workload.micro_batch_sizes[index] = size
-        stages.append(dataclasses.replace(stage, micro_batch_size=size))
+        stages[index] = dataclasses.replace(stage, micro_batch_size=size)
     config = dataclasses.replace(config, stages=tuple(stages))
     if isinstance(config, PretrainingConfig) and config.sharding == "ddp" and not config.cpu_offload:
-        for index, stage in enumerate(stages):
-            on_event(f"{stage.name}: memory of a step, estimated: {workload.memory(index, device)}")
+        for index in wanted:
+            on_event(f"{stages[index].name}: memory of a step, estimated: {workload.memory(index, device)}")
     return config
 
 

@@ -99,15 +99,15 @@ class LayerwiseOptimizer(Optimizer):
         """Return the trust ratio of every layer that the last step moved; no part of the state dict.
 
         The keys are the parameters' names if the optimizer was given names (by `param_groups`, or as named
-        parameters), else their positions in the order of the groups. The values are 0-D tensors on the layer's device:
-        nothing here waits for it. A layer that does not adapt has 1, and one that had to stay where it was (a gradient
-        with inf or NaN) has NaN. Empty before the first step.
+        parameters; one that comes again gets "#2"), else their positions in the order of the groups. The values are 0-D
+        tensors on the layer's device: nothing here waits for it. A layer that does not adapt has 1, and one that had to
+        stay where it was (a gradient with inf or NaN) has NaN. Empty before the first step.
         """
-        return {
-            layer.name: ratio
+        return norms.by_name(
+            (layer.name, ratio)
             for layers, ratios in self._ratios[0]
             for layer, ratio in zip(layers, ratios.unbind(), strict=True)
-        }
+        )
 
     @property
     def backend(self) -> str:

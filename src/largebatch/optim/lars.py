@@ -100,6 +100,7 @@ class LARS(LayerwiseOptimizer):
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
+            "form": form,  # beside `self.form`, so that a state dict says whose momentum it holds
             "trust_coefficient": trust_coefficient,
             "eps": eps,
             "nesterov": nesterov,
@@ -115,8 +116,14 @@ class LARS(LayerwiseOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        check("form", group["form"], group["form"] == self.form, f"{self.form!r} in all groups")
         check("momentum", group["momentum"], 0 <= group["momentum"] < 1, "a number in [0, 1)")
         check("trust_coefficient", group["trust_coefficient"], group["trust_coefficient"] > 0, "a number > 0")
+
+    def _completed(self, group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        form = group.get("form", self.form)
+        check("state_dict", form, form == self.form, f"momentum of the form {self.form!r}, another quantity")
+        return super()._completed(group, own)
 
     def _hyper(self, group: dict[str, Any], t: None) -> Hyper:
         return Hyper(rate_of(group), group["momentum"], group["weight_decay"], group["nesterov"], group["maximize"])

@@ -138,9 +138,11 @@ class Layerwise(Wrapper):
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
         """Return the trust ratio of every layer that the last step moved; see `LAMB.trust_ratios`."""
-        return {
-            name: ratio for names, ratios in self._ratios[0] for name, ratio in zip(names, ratios.unbind(), strict=True)
-        }
+        return norms.by_name(
+            (name, ratio)
+            for names, ratios in self._ratios[0]
+            for name, ratio in zip(names, ratios.unbind(), strict=True)
+        )
 
     # ---- what is the base optimizer's ----
 

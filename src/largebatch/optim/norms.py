@@ -13,7 +13,7 @@ them), or its segment of a flat tensor that several layers share (`flat_partitio
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -360,6 +360,18 @@ def trust_ratio(x_norm: Tensor, u_norm: Tensor, ratio: Ratio) -> Tensor:
     if ratio.bounds is not None:
         factor = factor.clamp(*ratio.bounds)
     return torch.where((z == 0) | (u_norm == 0), 1.0, factor)
+
+
+def by_name(ratios: Iterable[tuple[str | int, Tensor]]) -> dict[str | int, Tensor]:
+    """Return trust ratios by their layers' names; those of one name, as of two models, are "w", "w#2" and so on."""
+    named: dict[str | int, Tensor] = {}
+    for name, ratio in ratios:
+        key, number = name, 1
+        while key in named:
+            number += 1
+            key = f"{name}#{number}"
+        named[key] = ratio
+    return named
 
 
 def trust_ratios(x_norms: Tensor, u_norms: Tensor, ratios: Sequence[Ratio | None]) -> Tensor:

@@ -78,12 +78,9 @@ class CPUOffload(Wrapper):
     def trust_ratios(self) -> dict[str | int, Tensor]:
         """Return the trust ratio of every layer that the last step moved, on the CPU; see `LAMB.trust_ratios`."""
         twins = [chunk.twin.optimizer for chunk in self._chunks if chunk.has_moved]
-        return {
-            name: ratio
-            for twin in twins
-            if hasattr(twin, "trust_ratios")
-            for name, ratio in twin.trust_ratios().items()
-        }
+        return norms.by_name(
+            named for twin in twins if hasattr(twin, "trust_ratios") for named in twin.trust_ratios().items()
+        )
 
     # ---- what is the wrapped optimizer's ----
 

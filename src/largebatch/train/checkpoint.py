@@ -34,7 +34,8 @@ def save(
     target = folder / f"step-{progress.step:08d}"
     partial = folder / f".partial-{target.name}"
     if distributed.is_chief():
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".partial-step-*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
     tensors = {f"model.{name}": x for name, x in _tensors_of(model)}

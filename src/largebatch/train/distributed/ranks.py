@@ -1,5 +1,6 @@
 """The ranks of a run: who am I, and what is agreed among all of them."""
 
+import math
 import os
 import time
 import uuid
@@ -20,8 +21,10 @@ def initialize(device: str, timeout_s: float = 600) -> torch.device:
         timeout_s: a rank that waits longer than this for another one ends with an error.
 
     Raises:
-        UserError: CUDA was asked for and there is none.
+        UserError: CUDA was asked for and there is none, or the time is none to wait.
     """
+    if not 0 < timeout_s < math.inf:
+        raise UserError(f"timeout_s is {timeout_s}; it must be a number of seconds above 0")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {device!r}; it must be auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
