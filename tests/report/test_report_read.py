@@ -113,9 +113,13 @@ def test_losses_that_are_not_finite_are_counted(tmp_path: Path) -> None:
     assert math.isnan(run.steps["loss"][-1])
 
 
-def test_a_run_without_steps_or_environment_is_still_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("log", ["empty", "missing"])
+def test_a_run_without_steps_or_environment_is_still_a_run(tmp_path: Path, log: str) -> None:
+    """The log is there from the first event on, the configuration before."""
     folder = synthetic.write_run(tmp_path / "bert", stages=ONE_STAGE, stop_at=0)
-    (folder / "metrics.jsonl").write_text("")
+    (folder / "metrics.jsonl").unlink()
+    if log == "empty":
+        (folder / "metrics.jsonl").write_text("")
     (folder / "env.json").unlink()
     run = read(folder)
     assert run.num_steps == 0
@@ -142,8 +146,9 @@ def spoil(folder: Path, case: str) -> list[Path]:
             return [folder / "config.json"]
         case "no run":
             return [folder.parent]
-        case "no metrics":
+        case "a model's folder":
             (folder / "metrics.jsonl").unlink()
+            (folder / "config.json").write_text('{"model_type": "bert"}')
         case "broken config":
             (folder / "config.json").write_text('{"kind":')
         case "config is a list":
@@ -161,7 +166,7 @@ def spoil(folder: Path, case: str) -> list[Path]:
         ("no such folder", "nowhere is no directory; give a run directory"),
         ("a file", r"config\.json is no directory; give a run directory"),
         ("no run", r"has no config\.json; give a run directory"),
-        ("no metrics", r"has no metrics\.jsonl; give a run directory"),
+        ("a model's folder", "bert holds no run; give a run directory"),
         ("broken config", r"config\.json is not JSON \(.*line 1.*\); restore it"),
         ("config is a list", r"config\.json holds list, not a JSON object; restore it"),
         ("summary is not text", r"summary\.json is not JSON"),

@@ -50,6 +50,12 @@ def test_thinning_leaves_short_series_alone() -> None:
     assert series.thin([1, 2], [3, NAN], 1)[0] == [1, 2]
 
 
+def test_isolated_values_are_those_no_line_shows() -> None:
+    assert series.isolated([1, NAN, 2, 3, math.inf, 4]) == [0, 5]
+    assert series.isolated([1]) == [0]
+    assert series.isolated([NAN]) == series.isolated([]) == series.isolated([1, 2]) == []
+
+
 def test_quantiles_ignore_what_is_not_finite() -> None:
     values = [NAN, 3, 1, math.inf, 2]
     assert [series.quantile(values, q) for q in (0, 0.5, 1)] == [1, 2, 3]

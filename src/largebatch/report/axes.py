@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_NOISY = 3  # runs in one figure whose single steps are drawn; the noise of more hides the curves
+LEGEND_ROWS = 2  # that a figure's height allows for; more make it taller
+ROW_IN = 0.147  # height of a legend's row, measured
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,20 @@ def look(i: int) -> dict[str, Any]:
     return {"color": style.SERIES[i % 6], "linestyle": style.DASHES[i // 6 % 3]}
 
 
+def run_label(runs: Sequence[Run], i: int) -> str:
+    """What the legend calls the i-th run."""
+    return style.legend_labels([run.name for run in runs])[i]
+
+
+def draw_line(ax: "Axes", xs: Sequence[float], ys: Sequence[float], i: int, bins: int, label: str | None) -> None:
+    """Draw a line of run i, with points where single values stand between gaps."""
+    xs, ys = series.thin(xs, ys, bins)
+    ax.plot(xs, ys, **look(i), linewidth=1.2, label=label)
+    alone = series.isolated(ys)
+    if alone:
+        ax.plot([xs[k] for k in alone], [ys[k] for k in alone], "o", color=look(i)["color"], markersize=3)
+
+
 def draw_run(
     ax: "Axes", runs: Sequence[Run], i: int, ys: Sequence[float], *, x: XAxis = STEP
 ) -> tuple[list[float], int]:
@@ -65,8 +81,8 @@ def draw_run(
         known = [v if math.isfinite(v) else series.NAN for v in ys]
         thin_label = "each step" if len(runs) == 1 else None
         ax.plot(*series.thin(xs, known, bins), color=look(i)["color"], linewidth=0.5, alpha=0.32, label=thin_label)
-    label = style.legend_label(run.name) if len(runs) > 1 else f"mean of {width} steps" if width > 1 else "training"
-    ax.plot(*series.thin(xs, mean, bins), **look(i), linewidth=1.2, label=label)
+    label = run_label(runs, i) if len(runs) > 1 else f"mean of {width} steps" if width > 1 else "training"
+    draw_line(ax, xs, mean, i, bins, label)
     if not _same_stages(runs):  # one bar across each curve in place of lines across the figure
         for position, _, _ in run.boundaries:
             k = bisect_right(run.steps["step"], position)
@@ -81,6 +97,12 @@ def mark_divergence(ax: "Axes", xs: Sequence[float], mean: Sequence[float], i: i
     last = max(k for k, v in enumerate(mean) if math.isfinite(v))
     ax.plot(xs[last], mean[last], marker="x", color=look(i)["color"], markersize=5, markeredgewidth=1.4, zorder=4)
     note(ax, "not finite from here", xs[last], mean[last], (5, 0), va="center")
+
+
+def name_without_curve(ax: "Axes", runs: Sequence[Run], i: int) -> None:
+    """A legend entry for a run of which no step is finite."""
+    name = run_label(runs, i) if len(runs) > 1 else "training"
+    ax.plot([], [], **look(i), linewidth=1.2, label=f"{name} (not finite)")
 
 
 def horizontal(ax: "Axes", value: float, text: str) -> None:
@@ -137,7 +159,7 @@ def log_ticks(axis: "Axis", low: float, high: float) -> None:
 
 
 def finish(figure: "Figure", ax: "Axes", runs: Sequence[Run], label: str, x: XAxis = STEP) -> None:
-    """Axis labels, stages, and the legend above."""
+    """Axis labels, stages, and the legend above, for which a figure of many runs becomes taller."""
     ax.set_ylabel(label)
     ax.set_xlabel(x.label)
     ends = [x.at(run, run.num_steps) for run in runs]
@@ -150,6 +172,7 @@ def finish(figure: "Figure", ax: "Axes", runs: Sequence[Run], label: str, x: XAx
         space_in, entries_in = figure.get_figwidth(), [0.42 + 0.052 * len(text) for text in labels]
         most = len(labels) if sum(entries_in) < space_in else max(1, int(space_in / max(entries_in)))
         rows = math.ceil(len(labels) / most)
+        figure.set_figheight(figure.get_figheight() + ROW_IN * max(0, rows - LEGEND_ROWS))
         legend = figure.legend(handles, labels, loc="outside upper left", ncols=math.ceil(len(labels) / rows))
         for line in legend.legend_handles:
             if line is not None and (line.get_alpha() or 1) < 0.5:

@@ -29,7 +29,11 @@ def curve(runs: Sequence[Run], key: str, name: str, *, x: axes.XAxis = axes.STEP
             axes.mark_divergence(ax, x.values(run), mean, i)
             widths.add(width)
             shown += mean
+        elif ys:
+            axes.name_without_curve(ax, runs, i)
         shown += _draw_evaluations(ax, runs, i, key, what, x)
+    if not series.finite(shown):
+        axes.note(ax, "not finite", 0.5, 0.25, (0, 0), "axes fraction", ha="center", va="center")
     lines = {(label, value * what.scale) for run in runs for label, value in baselines(run, key)}
     axes.set_range(ax, [*shown, *(value for _, value in lines)], what)
     low, high = ax.get_ylim()
@@ -52,8 +56,9 @@ def learning_rate(runs: Sequence[Run], name: str) -> style.Picture:
     for (steps, rates), same in curves.items():
         if rates:
             scaled = [v / 10.0**power for v in rates]
-            label = ", ".join(style.legend_label(runs[i].name) for i in same) if len(curves) > 1 else ""
-            ax.plot(*series.thin(steps, scaled, 700), **axes.look(same[0]), linewidth=1.2, label=label)
+            more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+            label = axes.run_label(runs, same[0]) + more if len(curves) > 1 else None
+            axes.draw_line(ax, steps, scaled, same[0], 700, label)
     ax.set_ylim(bottom=0)
     axes.finish(figure, ax, runs, "Learning rate" + (f" (×10{style.superscript(power)})" if power else ""))
     alike = ", the same in all runs" if len(curves) == 1 < len(runs) else ""
@@ -135,7 +140,7 @@ def final_scores(runs: Sequence[Run], name: str) -> style.Picture | None:
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="y", length=0)
         ax.locator_params(axis="x", nbins=4)
-    panels[0].set_yticks(range(len(runs)), [style.legend_label(run.name) for run in runs])
+    panels[0].set_yticks(range(len(runs)), style.legend_labels([run.name for run in runs]))
     panels[0].invert_yaxis()
     return style.picture(figure, name, "Final evaluation of each run.", wide=True)
 
@@ -149,7 +154,7 @@ def _draw_evaluations(ax: "Axes", runs: Sequence[Run], i: int, key: str, what: Q
     for k, split in enumerate(dict.fromkeys(e.split for e in found)):
         points = [(x.at(run, e.step), e.values[key] * what.scale) for e in found if e.split == split]
         style_ = axes.look(i if overlay else i + k + followed)
-        label = (style.legend_label(run.name) if k == 0 else None) if overlay else split_name(split)
+        label = (axes.run_label(runs, i) if k == 0 else None) if overlay else split_name(split)
         if overlay and followed:
             style_["linestyle"], label = "none", None
         marker = MARKERS[k % 4] if len(points) <= 60 or style_["linestyle"] == "none" else ""

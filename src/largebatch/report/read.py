@@ -180,10 +180,11 @@ def _tail(folder: Path, depth: int) -> str:
 def _read_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is no directory; give a run directory, the folder that `largebatch train` wrote")
-    for needed in ("config.json", "metrics.jsonl"):
-        if not (folder / needed).is_file():
-            raise UserError(f"{folder} has no {needed}; give a run directory, the folder that `largebatch train` wrote")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; give a run directory, the folder that `largebatch train` wrote")
     config, notes = _read_object(folder / "config.json"), []
+    if "kind" not in config and not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder} holds no run; give a run directory, the folder that `largebatch train` wrote")
     env = summary = {}
     if (folder / "env.json").is_file():
         env = _read_object(folder / "env.json")
@@ -247,9 +248,10 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_log(path: Path, notes: list[str]) -> _Log:
-    """Read metrics.jsonl; a last line cut short is a run in progress, a few bad ones are a crash."""
+    """Read metrics.jsonl; none is a run before its first step, a last line cut short one in progress, a few bad ones
+    are a crash."""
     log, unreadable = _Log(), []
-    lines = path.read_bytes().splitlines()
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     for i, line in enumerate(lines, start=1):
         if not line.strip():
             continue

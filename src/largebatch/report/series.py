@@ -10,6 +10,12 @@ def finite(values: Iterable[float]) -> list[float]:
     return [v for v in values if math.isfinite(v)]
 
 
+def isolated(values: Sequence[float]) -> list[int]:
+    """Where a finite value has no finite neighbour, so that a line through the values does not show it."""
+    known = [False, *map(math.isfinite, values), False]
+    return [i for i in range(len(values)) if known[i + 1] and not (known[i] or known[i + 2])]
+
+
 def quantile(values: Iterable[float], q: float) -> float:
     """The nearest-rank quantile of the finite values; NaN when there are none."""
     ordered = sorted(finite(values))

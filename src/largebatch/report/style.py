@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMN_IN, WIDE_IN = 3.4, 7.0  # one column of a two-column paper, and both
+LONGEST = 32  # characters of a run's name in a figure; the eight names of a sweep must leave room for its curves
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#656d76", "#e3e6e9", "#ffffff"
 # Six hues that stay apart in protanopia, deuteranopia and tritanopia: the least OKLab distance of any two is 0.077, of
@@ -97,10 +98,26 @@ def style() -> Iterator[None]:
         yield
 
 
-def legend_label(name: str) -> str:
-    """A run's name for a legend: not too long, and without the leading underscore that matplotlib hides."""
-    short = name if len(name) <= 32 else f"{name[:15]}…{name[-16:]}"
-    return f" {short}" if short.startswith("_") else short
+def legend_labels(names: Sequence[str]) -> list[str]:
+    """Runs' names for a figure: not too long, all different, no leading underscore, which matplotlib would hide.
+
+    Long names lose the words that all runs share, except beside words that differ, and then their middle; but what
+    would make two of them equal is not cut.
+    """
+    split = [re.split(r"(?<=[-_/ ])|(?=[-_/ ])", name) for name in names]
+    shared = set.intersection(*map(set, split)) if split else set()
+    distinct = [n if len(n) <= LONGEST else _distinctive(words, shared) for n, words in zip(names, split, strict=True)]
+    cut = [label if len(label) <= LONGEST else f"{label[:15]}…{label[-16:]}" for label in distinct]
+    labels = next((short for short in (cut, distinct) if len(set(short)) == len(names)), names)
+    return [f" {label}" if label.startswith("_") else label for label in labels]
+
+
+def _distinctive(words: Sequence[str], shared: set[str]) -> str:
+    """The words that are not shared, with a neighbour on each side; all words when each is shared."""
+    own = [i for i, word in enumerate(words) if word not in shared]
+    kept = [any(abs(i - k) <= 2 for k in own) for i in range(len(words))]  # 2: a separator counts as a word
+    text = "".join(word if keep else "\0" for word, keep in zip(words, kept, strict=True))
+    return re.sub("\0+", "…", text) if own else "".join(words)
 
 
 def superscript(number: int) -> str:
