@@ -17,7 +17,9 @@ void largebatch_softmax(int64_t count, int64_t heads, int64_t length, int narrow
 void largebatch_softmax_backward(int64_t rows, int64_t length, int narrow, void *grads, const void *probs,
                                  void *dropped, int num_threads);
 void largebatch_heads(int joins, int64_t count, int64_t heads, int64_t length, int64_t width, int64_t stride,
-                      int narrow, float scale, void *rows, void *by_head, int num_threads);
+                      int narrow, float scale, void *rows, void *by_head, const float *bias, float *sums,
+                      int num_threads);
+int largebatch_heads_rows(void);
 void largebatch_add_norm(int64_t rows, int64_t width, int narrow, const int32_t *keys, uint32_t site, int kept,
                          float scale, float eps, const void *x, const float *x_bias, const float *residual,
                          const float *weight, const float *bias, float *sum, float *moments, float *y, int num_threads);
@@ -84,8 +86,12 @@ static void attend(struct tensors *all, int num_threads) {
     largebatch_softmax_backward(sequences * heads * length, length, narrow, grads, probs, dropped, num_threads);
     const int64_t stride = heads * width + apart;
     void *packed = make(all, rows * stride - apart, narrow), *by_head = make(all, rows * heads * width, narrow);
-    largebatch_heads((int)draw(2), sequences, heads, length, width, stride, narrow, draw(2) ? 1 : 0.3f, packed,
-                     by_head, num_threads);
+    const int64_t blocks = (rows + largebatch_heads_rows() - 1) / largebatch_heads_rows();
+    const float *bias = make(all, heads * width, 0);
+    float *sums = make(all, blocks * heads * width, 0);
+    const int joins = (int)draw(2);
+    largebatch_heads(joins, sequences, heads, length, width, stride, narrow, draw(2) ? 1 : 0.3f, packed, by_head,
+                     draw(2) ? bias : NULL, draw(2) ? sums : NULL, num_threads);
 }
 
 static void add_and_normalize(struct tensors *all, int num_threads) {

@@ -112,12 +112,17 @@ def test_heads(isa: str, dtype: torch.dtype, scale: float) -> None:
     for count, heads, length, width in ((2, 12, 128, 64), (3, 3, 37, 16), (1, 1, 1, 8), (2, 5, 16, 10)):
         rows = torch.randn(count * length, 2 * heads * width).to(dtype)[:, : heads * width]  # that lie apart
         chunk = (count, length)
-        ours, reference = (work.split(rows, chunk, heads, scale) for work in (KERNEL, OPERATIONS))
-        assert torch.equal(ours, reference)
-        joined, expected = torch.zeros(2, count * length, 2 * heads * width).to(dtype).unbind()
+        for bias in (torch.randn(heads * width), None):
+            ours, reference = (work.split(rows, bias, chunk, heads, scale) for work in (KERNEL, OPERATIONS))
+            assert torch.equal(ours, reference)
+        joined, summed, expected = torch.zeros(3, count * length, 2 * heads * width).to(dtype).unbind()
         KERNEL.join(ours, joined[:, : heads * width], chunk, heads, scale)
+        sums = KERNEL.join_and_sum(ours, summed[:, : heads * width], chunk, heads, scale)
         OPERATIONS.join(ours, expected[:, : heads * width], chunk, heads, scale)
         assert torch.equal(joined, expected)
+        assert torch.equal(summed, expected)
+        exact = ours.double().view(count, heads, length, width).sum((0, 2)).flatten() * scale
+        assert ((sums - exact).abs() <= 1e-6 * ours.double().abs().sum() * scale).all()
 
 
 def identity(width: int) -> nn.Linear:
@@ -246,7 +251,11 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     some_losses = losses_both_ways(KERNEL.loss, 70, 1000, dtype)
     activated = gelu(torch.randn(300, 129), torch.randn(129), torch.randn(300, 129).bfloat16(), exact=False)
     normed = add_norm((300, 129), dtype, 0.1, exact=False)
-    return [*softmax_both_ways(KERNEL, (3, 3, 67), dtype), *normed, *activated, *some_losses]
+    heads = torch.randn(4 * 3, 67, 20).to(dtype)
+    rows = torch.empty(4 * 67, 60, dtype=dtype)
+    sums = KERNEL.join_and_sum(heads, rows, (4, 67), 3, 0.3)
+    split = KERNEL.split(rows, sums, (4, 67), 3, 0.3)
+    return [*softmax_both_ways(KERNEL, (3, 3, 67), dtype), rows, sums, split, *normed, *activated, *some_losses]
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -267,15 +276,16 @@ def test_attention(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "CHUNK", 3 * 2 * 9**2)
     blocks, heads, width = [(1, 4), (5, 9), (1, 17)], 3, 8
     torch.manual_seed(1)
-    inputs = torch.randn(3, 4 + 45 + 17, heads * width).to(dtype)
-    keys, seen = keys_of(inputs.shape[1]), []
-    for precision in (dtype, torch.float64):
-        leaves = [each.to(precision).requires_grad_() for each in inputs]
+    products, bias = torch.randn(4 + 45 + 17, 3 * heads * width).to(dtype), torch.randn(3 * heads * width)
+    keys, seen = keys_of(len(products)), []
+    for is_exact in (False, True):
+        leaves = [(each.double() if is_exact else each.clone()).requires_grad_() for each in (products, bias)]
         context = attention.keyed_attention(*leaves, heads, blocks, keys, SITE, 0.3)
-        assert (context.grad_fn.work is KERNEL) is (precision is dtype)
+        assert (context.grad_fn.work is KERNEL) is not is_exact
         seen.append([context, *torch.autograd.grad(context.double().square().sum(), leaves)])
     for one, other in zip(*seen, strict=True):
-        assert (one.double() - other).norm() < (0.02 if dtype is torch.bfloat16 else 1e-6) * other.norm()
+        for part, of_other in zip(one.chunk(3, -1), other.chunk(3, -1), strict=True):
+            assert (part.double() - of_other).norm() < (0.02 if dtype is torch.bfloat16 else 1e-6) * other.norm()
 
 
 def test_what_it_does_not_take_is_left_to_torch() -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from largebatch.models import BertConfig, BertForPreTraining, BertForSequenceClassification, keyed_attention
 from largebatch.models.dropout import Dropout, keep_bits, keyed_dropout, row_keys
-from largebatch.models.layout import TokenLayout, attention
+from largebatch.models.layout import TokenLayout, self_attention
 from largebatch.models.vision import LeNet
 
 KEYS = torch.tensor([3, -5, 2**40, -(2**40), 77])
@@ -93,9 +94,15 @@ def test_lenet() -> None:
     assert not torch.equal(model(images), model(images))
 
 
+def make_wrapped(width: int) -> nn.Module:
+    """Return a layer of another kind than a plain linear one."""
+    return nn.Sequential(nn.Linear(width, width))
+
+
+@pytest.mark.parametrize("make_projection", [lambda width: nn.Linear(width, width), make_wrapped])
 @pytest.mark.parametrize("chunk", [1, 800, 1 << 18])
 def test_attention_in_chunks_has_the_gradients_of_the_whole(
-    chunk: int, small_config: BertConfig, monkeypatch: pytest.MonkeyPatch
+    chunk: int, make_projection: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Written by hand for the CPU, against autograd on padded matrices of probabilities; in float64, to its rounding.
 
@@ -108,14 +115,15 @@ def test_attention_in_chunks_has_the_gradients_of_the_whole(
     mask = torch.arange(17) < torch.tensor(lengths)[:, None]
     keys = torch.arange(len(lengths)) * 12345
     unpadded, padded = (TokenLayout(mask, unpad=unpad, dropout_keys=keys) for unpad in (True, False))
-    inputs = torch.randn(3, len(lengths), 17, heads * width, dtype=torch.float64)
+    inputs = torch.randn(len(lengths), 17, heads * width, dtype=torch.float64)
+    projections = [make_projection(heads * width).double() for _ in range(3)]
     seen = []
     for layout in (unpadded, padded):
-        leaves = [part.clone().requires_grad_() for part in inputs]
-        context = layout.pad(attention(*(layout.pack(part) for part in leaves), heads, layout, dropout))
-        context[mask].square().sum().backward()
-        seen.append([context[mask], *(leaf.grad for leaf in leaves)])
+        rows = inputs.clone().requires_grad_()
+        leaves = [rows, *(parameter for part in projections for parameter in part.parameters())]
+        context = layout.pad(self_attention(layout.pack(rows), projections, heads, layout, dropout))
+        seen.append([context[mask], *torch.autograd.grad(context[mask].square().sum(), leaves)])
     for one, other in zip(*seen, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(other.detach().abs().max()))
-    plain = attention(*(unpadded.pack(part) for part in inputs), heads, unpadded)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(seen[1][1].abs().max()))
+    plain = self_attention(unpadded.pack(inputs), projections, heads, unpadded, None)
     assert (unpadded.pad(plain)[mask] - seen[0][0]).abs().max() > 0.1, "dropout is off"

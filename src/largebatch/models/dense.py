@@ -1,9 +1,9 @@
-"""The dense halves of a layer, in which a kernel in C does all but the matrix product in one pass over memory on a CPU.
+"""The dense parts of a layer, in which a kernel in C does all but the matrix product in one pass over memory on a CPU.
 
 Shapes: T rows, the real tokens; H columns of the result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,44 @@ def dense_dropout_add_norm(
         norm.eps,
     )
     return result
+
+
+class _JointProducts(torch.autograd.Function):
+    """Rows times the weights of several layers, side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, *weights: Tensor) -> Tensor:
+        joined = torch.cat([weight.to(rows.dtype) for weight in weights])
+        # Where nothing was narrowed the copy is made anew in the backward pass, and not kept.
+        ctx.save_for_backward(rows, *(weights if weights[0].dtype is rows.dtype else [joined]))
+        ctx.shapes = [(len(weight), weight.dtype) for weight in weights]
+        return F.linear(rows, joined)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *weights = ctx.saved_tensors
+        of_rows, of_weights = None, [None] * len(ctx.shapes)
+        if ctx.needs_input_grad[0]:
+            of_rows = grad @ (weights[0] if len(weights) == 1 else torch.cat(weights))
+        if any(ctx.needs_input_grad[1:]):
+            sizes, dtypes = zip(*ctx.shapes, strict=True)
+            parts = (grad.t() @ rows).split(sizes)
+            of_weights = [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
+        return of_rows, *of_weights
+
+
+def joint_products(rows: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """Return the products of ``rows`` with the weights of all layers, side by side, and the biases yet to be added.
+
+    One matrix product in place of each layer's own, and one for the gradient of the rows, which need not be summed.
+    Where one is not a plain linear layer with a bias: the outputs of all, and None.
+    """
+    linear = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is not None]
+    if len(linear) < len(layers):
+        return torch.cat([layer(rows) for layer in layers], -1), None
+    products: Tensor = _JointProducts.apply(rows, *(layer.weight for layer in linear))
+    return products, torch.cat([layer.bias for layer in linear])
 
 
 def _kernel_for(dense: nn.Linear, rows: Tensor, *others: Tensor | None) -> native.Kernel | None:

@@ -23,15 +23,21 @@ CHUNK = 1 << 21
 class Operations:
     """What lies between the matrix products, by torch's operations."""
 
-    def split(self, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
-        """[c L, H] -> [c n, L, d], times ``scale``."""
-        heads = rows.view(*chunk, num_heads, -1).transpose(1, 2).reshape(chunk[0] * num_heads, chunk[1], -1)
-        return heads if scale == 1 else heads * scale
+    def split(self, rows: Tensor, bias: Tensor | None, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
+        """[c L, H] -> [c n, L, d], plus the bias [H] of float32 if there is one, times ``scale``."""
+        heads = (rows if bias is None else rows + bias) * scale
+        heads = heads.to(rows.dtype).view(*chunk, num_heads, -1).transpose(1, 2)
+        return heads.reshape(chunk[0] * num_heads, chunk[1], -1)
 
     def join(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> None:
         """Write [c n, L, d], times ``scale``, to rows [c L, H]."""
         by_sequence = heads.view(chunk[0], num_heads, *heads.shape[1:]).transpose(1, 2)
         torch.mul(by_sequence, scale, out=rows.view(*chunk, num_heads, -1))
+
+    def join_and_sum(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
+        """Do the same, and return the rows' sum, [H] of float32."""
+        self.join(heads, rows, chunk, num_heads, scale)
+        return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
 
     def softmax(self, scores: Tensor, keys: Tensor, site: int, keep_prob: float) -> Tensor:
         """Turn scores into probabilities in place, and return these with zeros for those that are dropped.
@@ -68,16 +74,19 @@ class _KeyedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, cut: "Cut", site: int, prob: float
+        ctx: Any, products: Tensor, bias: Tensor | None, keys: Tensor, cut: "Cut", site: int, prob: float
     ) -> Tensor:
         kernel = native.kernel()
-        work = kernel if kernel is not None and kernel.takes_attention(query, cut.longest) else OPERATIONS
+        work = kernel if kernel is not None and kernel.takes_attention(products, cut.longest) else OPERATIONS
         ctx.cut, ctx.work, ctx.scale = cut, work, scale_of(1 - prob)
-        context = torch.empty_like(value)
+        context = products.new_empty(len(products), cut.num_heads * cut.head_width)
+        biases = [None] * 3 if bias is None else bias.chunk(3)
         saved = []
         for rows, chunk in cut.chunks():
-            q = work.split(query[rows], chunk, cut.num_heads, cut.head_width**-0.5)
-            k, v = (work.split(part[rows], chunk, cut.num_heads, 1.0) for part in (key, value))
+            q, k, v = (
+                work.split(part, its_bias, chunk, cut.num_heads, scale)
+                for part, its_bias, scale in zip(products[rows].chunk(3, 1), biases, cut.scales, strict=True)
+            )
             probs = torch.bmm(q, k.transpose(1, 2))
             matrices = probs.view(chunk[0], cut.num_heads, chunk[1], chunk[1])
             dropped = work.softmax(matrices, keys[rows].view(chunk), site, 1 - prob).view_as(probs)
@@ -91,21 +100,23 @@ class _KeyedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cut, work = ctx.cut, ctx.work
         grad = grad.contiguous()
-        grads = [torch.empty_like(grad) for _ in range(3)]
+        of_products = grad.new_empty(len(grad), 3 * grad.shape[1])
+        of_bias = torch.zeros(3, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
         saved = iter(ctx.saved_tensors)
         for rows, chunk in cut.chunks():
             q, k, v, probs = (next(saved) for _ in range(4))
-            g = work.split(grad[rows], chunk, cut.num_heads, ctx.scale)
+            g = work.split(grad[rows], None, chunk, cut.num_heads, ctx.scale)
             of_scores = torch.bmm(g, v.transpose(1, 2))
             dropped = work.softmax_backward(of_scores, probs)
             of_heads = (
-                (torch.bmm(of_scores, k), cut.head_width**-0.5),
-                (torch.bmm(of_scores.transpose(1, 2), q), 1.0),
-                (torch.bmm(dropped.transpose(1, 2), g), 1.0),
+                torch.bmm(of_scores, k),
+                torch.bmm(of_scores.transpose(1, 2), q),
+                torch.bmm(dropped.transpose(1, 2), g),
             )
-            for whole, (part, scale) in zip(grads, of_heads, strict=True):
-                work.join(part, whole[rows], chunk, cut.num_heads, scale)
-        return *grads, None, None, None, None
+            parts = of_products[rows].chunk(3, 1)
+            for heads, part, scale, sums in zip(of_heads, parts, cut.scales, of_bias, strict=True):
+                sums += work.join_and_sum(heads, part, chunk, cut.num_heads, scale)
+        return of_products, of_bias.flatten() if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 class Cut:
@@ -115,11 +126,15 @@ class Cut:
         blocks: (number of sequences, their length) of each run of rows with one length.
         num_heads: n.
         head_width: d.
+
+    Attributes:
+        scales: by what a query, a key and a value are multiplied.
     """
 
     def __init__(self, blocks: list[tuple[int, int]], num_heads: int, head_width: int) -> None:
         self.blocks, self.num_heads, self.head_width = blocks, num_heads, head_width
         self.longest = max(length for _, length in blocks)
+        self.scales = (head_width**-0.5, 1.0, 1.0)
 
     def chunks(self) -> Iterator[tuple[slice, tuple[int, int]]]:
         """Yield the rows of each chunk, and (c, L)."""
@@ -133,24 +148,24 @@ class Cut:
 
 
 def keyed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    products: Tensor,
+    bias: Tensor | None,
     num_heads: int,
     blocks: list[tuple[int, int]],
     row_keys: Tensor,
     site: int,
     prob: float,
 ) -> Tensor:
-    """Attention of each sequence over itself, its probabilities dropped by keys: [T, H] -> [T, H].
+    """Attention of each sequence over itself, its probabilities dropped by keys: [T, 3 H] -> [T, H].
 
     Args:
-        query, key, value: [T, H], contiguous.
+        products: [T, 3 H], contiguous: of each row query, key and value.
+        bias: [3 H], what is to be added to them; None for nothing.
         num_heads: n.
         blocks: (number of sequences, their length) of each run of rows with one length.
         row_keys: [T] int32.
         site, prob: the dropout's number in the model, and the probability to drop.
     """
-    cut = Cut(blocks, num_heads, query.shape[1] // num_heads)
-    context: Tensor = _KeyedAttention.apply(query, key, value, row_keys, cut, site, prob)
+    cut = Cut(blocks, num_heads, products.shape[1] // (3 * num_heads))
+    context: Tensor = _KeyedAttention.apply(products, bias, row_keys, cut, site, prob)
     return context

@@ -4,13 +4,14 @@ Shapes: B sequences of padded length L; T real tokens; H the model's width; n he
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .dense import joint_products
 from .dropout import Dropout, row_keys
 from .keyed_attention import keyed_attention
 
@@ -154,6 +155,20 @@ class TokenLayout:
         return self.offsets.to(torch.int32)
 
 
+def self_attention(
+    rows: Tensor, projections: Sequence[nn.Module], num_heads: int, layout: TokenLayout, dropout: Dropout | None
+) -> Tensor:
+    """Attention of each sequence over itself, from the rows of which three layers make query, key and value.
+
+    [T, H] -> [T, H]: `attention`, but for dropout by keys on a CPU, where the products of the three layers are one, and
+    the probabilities are made a part at a time.
+    """
+    if layout.blocks is None or layout.row_keys is None or dropout is None:
+        return attention(*(layer(rows) for layer in projections), num_heads, layout, dropout)
+    products, bias = joint_products(rows, projections)
+    return keyed_attention(products, bias, num_heads, layout.blocks, layout.row_keys, dropout.site, dropout.p)
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, layout: TokenLayout, dropout: Dropout | None = None
 ) -> Tensor:
@@ -162,18 +177,13 @@ def attention(
     On the CPU each block of sequences of one length is one call without mask or padding. In half precision on CUDA
     all sequences are one call of flash attention (`_packed_attention`). All else (CUDA in fp32, and ``unpad=False``) is
     padded around ``scaled_dot_product_attention`` with a mask over the keys. Dropout by keys needs the matrix of
-    probabilities: a part at a time on the CPU, the whole of it elsewhere.
+    probabilities.
     """
-    if layout.blocks is not None:
-        if dropout is not None and layout.row_keys is not None:
-            return keyed_attention(
-                query, key, value, num_heads, layout.blocks, layout.row_keys, dropout.site, dropout.p
-            )
-        prob = 0.0 if dropout is None else dropout.p
-        return _block_attention(query, key, value, num_heads, layout.blocks, prob)
     is_keyed = dropout is not None and layout.row_keys is not None
+    prob = 0.0 if dropout is None else dropout.p
+    if layout.blocks is not None and not is_keyed:
+        return _block_attention(query, key, value, num_heads, layout.blocks, prob)
     if layout.token_index is not None and not is_keyed and _flash_takes(query, num_heads):
-        prob = 0.0 if dropout is None else dropout.p
         return _packed_attention(query, key, value, num_heads, layout, prob, _varlen_attention())
 
     def split_heads(rows: Tensor) -> Tensor:  # [T, H] -> [B, n, L, d]

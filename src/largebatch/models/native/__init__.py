@@ -24,7 +24,7 @@ _MASK = [_ADDRESS, ctypes.c_uint32, _INT]  # keys, site, threshold
 _SIGNATURES: dict[str, list[type]] = {
     "softmax": [_LONG] * 3 + [_INT, *_MASK] + [_ADDRESS] * 2 + [_INT],
     "softmax_backward": [_LONG] * 2 + [_INT] + [_ADDRESS] * 3 + [_INT],
-    "heads": [_INT] + [_LONG] * 5 + [_INT, _FLOAT] + [_ADDRESS] * 2 + [_INT],
+    "heads": [_INT] + [_LONG] * 5 + [_INT, _FLOAT] + [_ADDRESS] * 4 + [_INT],
     "add_norm": [_LONG] * 2 + [_INT, *_MASK] + [_FLOAT] * 2 + [_ADDRESS] * 8 + [_INT],
     "add_norm_backward": [_LONG] * 2 + [_INT, *_MASK] + [_FLOAT] + [_ADDRESS] * 7 + [_INT],
     "gelu": [_LONG] * 2 + [_ADDRESS] * 3 + [_INT],
@@ -45,6 +45,7 @@ class Kernel:
             function.argtypes, function.restype = types, None
         self.library = library
         self.max_length: int = library.largebatch_max_length()
+        self.heads_rows: int = library.largebatch_heads_rows()
         self.norm_rows: int = library.largebatch_norm_rows()
         self.gelu_rows: int = library.largebatch_gelu_rows()
         self.loss_rows: int = library.largebatch_loss_rows()
@@ -90,18 +91,34 @@ class Kernel:
         )
         return dropped
 
-    def split(self, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
+    def split(self, rows: Tensor, bias: Tensor | None, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
         """See `Operations.split`; the rows may lie apart."""
         heads = rows.new_empty(chunk[0] * num_heads, chunk[1], rows.shape[1] // num_heads)
-        self._copy(0, rows, heads, chunk, num_heads, scale)
+        if bias is not None:
+            bias = _readable("bias", bias, torch.float32, rows.shape[1])
+        self._copy(0, rows, heads, chunk, num_heads, scale, bias, None)
         return heads
 
     def join(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> None:
         """See `Operations.join`; the rows may lie apart."""
-        self._copy(1, rows, heads, chunk, num_heads, scale)
+        self._copy(1, rows, heads, chunk, num_heads, scale, None, None)
+
+    def join_and_sum(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
+        """See `Operations.join_and_sum`; the rows may lie apart."""
+        sums = torch.empty(-(-len(rows) // self.heads_rows), rows.shape[1])
+        self._copy(1, rows, heads, chunk, num_heads, scale, None, sums)
+        return sums.sum(0)
 
     def _copy(
-        self, joins: int, rows: Tensor, heads: Tensor, chunk: tuple[int, int], num_heads: int, scale: float
+        self,
+        joins: int,
+        rows: Tensor,
+        heads: Tensor,
+        chunk: tuple[int, int],
+        num_heads: int,
+        scale: float,
+        bias: Tensor | None,
+        sums: Tensor | None,
     ) -> None:
         self.library.largebatch_heads(
             joins,
@@ -112,8 +129,7 @@ class Kernel:
             rows.stride(0),
             _is_narrow(rows.dtype),
             scale,
-            rows.data_ptr(),
-            heads.data_ptr(),
+            *(None if each is None else each.data_ptr() for each in (rows, heads, bias, sums)),
             torch.get_num_threads(),
         )
 

@@ -135,28 +135,52 @@ static void softmax_backward(const void *work, int64_t first, int64_t last) {
 
 /* ---- heads ---- */
 
-/* n elements times `scale`. */
-INLINE void copy(const void *from, void *to, int64_t n, float scale, int narrow) {
-    for (int64_t at = 0; at < n; at += LANES) {
-        floats a[VECTORS];
-        read(a, from, at, left(n, at), narrow, 0);
-        for (int j = 0; j < VECTORS; j++) a[j] = rounded(a[j] * scale, narrow);
-        write(to, at, left(n, at), a, narrow);
+INLINE void copy_group(const void *from, void *to, const float *bias, float *sums, float scale, int64_t at, int64_t n,
+                       int narrow) {
+    floats a[VECTORS], more[VECTORS];
+    read(a, from, at, n, narrow, 0);
+    if (bias) {
+        read_floats(more, bias + at, n, narrow, 0);
+        for (int j = 0; j < VECTORS; j++) a[j] += more[j];
     }
+    for (int j = 0; j < VECTORS; j++) a[j] *= scale;
+    if (sums) {
+        read_floats(more, sums + at, n, narrow, 0);
+        for (int j = 0; j < VECTORS; j++) more[j] += a[j];
+        write_floats(sums + at, n, more, narrow);
+    }
+    for (int j = 0; j < VECTORS; j++) a[j] = rounded(a[j], narrow);
+    write(to, at, n, a, narrow);
 }
 
+/* One row of one head. */
+INLINE void copy(const void *from, void *to, const float *bias, float *sums, float scale, int64_t width, int narrow) {
+    const int64_t whole = width / LANES * LANES;
+    for (int64_t at = 0; at < whole; at += LANES) copy_group(from, to, bias, sums, scale, at, LANES, narrow);
+    if (whole < width) copy_group(from, to, bias, sums, scale, whole, width - whole, narrow);
+}
+
+/* All heads of a row after those of another: the rows lie far apart, and a head's would be each on a page of its own. */
 INLINE void copy_heads(const struct heads *h, int64_t first, int64_t last, int joins, int narrow) {
-    const int64_t size = narrow ? 2 : 4;
-    for (int64_t item = first; item < last; item++) {
-        const int64_t sequence = item / h->heads, head = item % h->heads;
-        for (int64_t i = 0; i < h->length; i++) {
-            char *of_rows = (char *)h->rows + ((sequence * h->length + i) * h->stride + head * h->width) * size;
-            char *of_head = (char *)h->by_head + (item * h->length + i) * h->width * size;
-            char *from = joins ? of_head : of_rows, *to = joins ? of_rows : of_head;
-            if (h->scale == 1)
-                memcpy(to, from, h->width * size);
-            else
-                copy(from, to, h->width, h->scale, narrow);
+    const int64_t size = narrow ? 2 : 4, all = h->heads * h->width, num_rows = h->count * h->length;
+    for (int64_t block = first; block < last; block++) {
+        float *sums = h->sums ? h->sums + block * all : NULL;
+        if (sums) memset(sums, 0, all * sizeof *sums);
+        const int64_t end = (block + 1) * HEADS_ROWS < num_rows ? (block + 1) * HEADS_ROWS : num_rows;
+        for (int64_t row = block * HEADS_ROWS; row < end; row++) {
+            const int64_t sequence = row / h->length, i = row % h->length;
+            for (int64_t head = 0; head < h->heads; head++) {
+                const int64_t column = head * h->width;
+                char *of_rows = (char *)h->rows + (row * h->stride + column) * size;
+                char *of_head = (char *)h->by_head +
+                                ((sequence * h->heads + head) * h->length + i) * h->width * size;
+                char *from = joins ? of_head : of_rows, *to = joins ? of_rows : of_head;
+                if (h->scale == 1 && !h->bias && !sums)
+                    memcpy(to, from, h->width * size);
+                else
+                    copy(from, to, h->bias ? h->bias + column : NULL, sums ? sums + column : NULL, h->scale, h->width,
+                         narrow);
+            }
         }
     }
 }

@@ -48,12 +48,17 @@ EXPORTED void largebatch_softmax_backward(int64_t rows, int64_t length, int narr
     share(attention[chosen_isa]->softmax_backward, &a, rows, rows * length, num_threads);
 }
 
+EXPORTED int largebatch_heads_rows(void) { return HEADS_ROWS; }
+
 EXPORTED void largebatch_heads(int joins, int64_t count, int64_t heads, int64_t length, int64_t width, int64_t stride,
-                               int narrow, float scale, void *rows, void *by_head, int num_threads) {
+                               int narrow, float scale, void *rows, void *by_head, const float *bias, float *sums,
+                               int num_threads) {
     const struct heads h = {.count = count, .heads = heads, .length = length, .width = width, .stride = stride,
-                            .narrow = narrow, .scale = scale, .rows = rows, .by_head = by_head};
+                            .narrow = narrow, .scale = scale, .rows = rows, .by_head = by_head, .bias = bias,
+                            .sums = sums};
     const struct attention_kernel *kernel = attention[chosen_isa];
-    share(joins ? kernel->join : kernel->split, &h, count * heads, count * heads * length * width, num_threads);
+    share(joins ? kernel->join : kernel->split, &h, (count * length + HEADS_ROWS - 1) / HEADS_ROWS,
+          count * heads * length * width, num_threads);
 }
 
 EXPORTED int largebatch_norm_rows(void) { return NORM_ROWS; }

@@ -19,14 +19,18 @@ struct attention {
     void *grads;         /* backward: of `dropped`; in its place come those of the scores */
 };
 
-/* Rows [count, length, heads, width], `stride` elements from one to the next, and the same [count, heads, length, width]
- * times `scale`. */
+/* Rows [count, length, heads, width], `stride` elements from one to the next, and the same [count, heads, length, width]:
+ * of one the other plus a bias, times `scale`. */
 struct heads {
     int64_t count, heads, length, width, stride;
     int32_t narrow;
     float scale;
     void *rows, *by_head;
+    const float *bias; /* [heads, width], or null */
+    float *sums;       /* [blocks of HEADS_ROWS rows, heads, width]: the sums of what is written; or null */
 };
+
+enum { HEADS_ROWS = 32 };
 
 /* y = LayerNorm(residual + dropout(x + x_bias)), all [rows, width]. x and its gradient are bfloat16 where `narrow`, all else is
  * float32. */
@@ -82,7 +86,7 @@ typedef void (*task)(const void *work, int64_t first, int64_t last);
 struct attention_kernel {
     task softmax;          /* of a sequence, a pair of heads */
     task softmax_backward; /* a row of a matrix */
-    task split, join;      /* a head of a sequence: from `rows` to `by_head`, and back */
+    task split, join;      /* a block of HEADS_ROWS rows: from `rows` to `by_head`, and back */
 };
 
 struct norm_kernel {
