@@ -14,7 +14,7 @@ from .autocast import product_dtype
 from .config import BertConfig
 from .dense import dense_activation, dense_dropout_add_norm
 from .dropout import Dropout, number_sites
-from .layout import TokenLayout, attention
+from .layout import TokenLayout, self_attention
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -39,9 +39,15 @@ class BertEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor, layout: TokenLayout) -> Tensor:
-        """[T], [T] -> [T, H]."""
-        embedded = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        layout: TokenLayout,
+        lookup: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """[T], [T] -> [T, H]; ``lookup`` takes the place of that of words."""
+        embedded = (lookup or self.word_embeddings)(input_ids) + self.token_type_embeddings(token_type_ids)
         return self.dropout(self.LayerNorm(embedded + self.position_embeddings(layout.positions)), layout.row_keys)
 
 
@@ -60,7 +66,7 @@ class BertSelfAttention(nn.Module):
         """[T, H] -> [T, H]."""
         rows = rows.to(product_dtype(rows))  # once: autocast would narrow them for each product, and keep all three
         dropout = self.dropout if self.training and self.dropout.p > 0 else None
-        return attention(self.query(rows), self.key(rows), self.value(rows), self.num_heads, layout, dropout)
+        return self_attention(rows, (self.query, self.key, self.value), self.num_heads, layout, dropout)
 
 
 class BertOutput(nn.Module):
@@ -216,11 +222,13 @@ class BertModel(nn.Module):
         attention_mask: Tensor | None = None,
         dropout_keys: Tensor | None = None,
         positions: Tensor | None = None,
+        lookup: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, TokenLayout]:
         """Return the hidden states as packed rows [T, H], and the layout that says which row is which token.
 
         With ``positions`` [N], flat into B * L, only the rows that both heads of pre-training read are computed to the
-        end: those of the positions, and after them those of the B tokens [CLS], [N + B, H] in all.
+        end: those of the positions, and after them those of the B tokens [CLS], [N + B, H] in all. ``lookup`` takes the
+        place of the word embeddings' own, [T] -> [T, H].
         """
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -232,7 +240,7 @@ class BertModel(nn.Module):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         layout = TokenLayout(attention_mask, unpad=self.unpad, dropout_keys=dropout_keys)
-        rows = self.embeddings(layout.pack(input_ids), layout.pack(token_type_ids), layout)
+        rows = self.embeddings(layout.pack(input_ids), layout.pack(token_type_ids), layout, lookup)
         only = None if positions is None else torch.cat([layout.rows_at(positions), layout.first_rows])
         return self.encoder(rows, layout, only), layout
 

@@ -11,6 +11,7 @@ from .bert import ACTIVATION_FUNCTIONS, BertModel, initialize_weights
 from .config import BertConfig
 from .cross_entropy import linear_cross_entropy
 from .dropout import Dropout, number_sites
+from .tied import TiedLookup
 
 # Finite, so that sums of two of them and half precision stay finite; exp() of it is 0. The value is original BERT's.
 PADDING_LOGIT = -10000.0
@@ -43,9 +44,9 @@ class BertLMPredictionHead(nn.Module):
         """[N, H] -> [N, V]."""
         return self.decoder(self.transform(rows))
 
-    def loss(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, H], [N] -> the summed cross-entropy and the number of right answers."""
-        return linear_cross_entropy(self.transform(rows), self.decoder.weight, self.decoder.bias, labels)
+    def loss(self, rows: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, H], [N] and the decoder's [V, H] -> the summed cross-entropy and the number of right answers."""
+        return linear_cross_entropy(self.transform(rows), weight, self.decoder.bias, labels)
 
 
 class BertPreTrainingHeads(nn.Module):
@@ -103,12 +104,16 @@ class BertForPreTraining(nn.Module):
             Logits [N, V] in the order of ``masked_positions``, and [B, 2] (class 1: the second segment is random). With
             ``masked_labels``, in place of the first, `linear_cross_entropy`'s loss and count.
         """
-        rows, _ = self.bert.encode(input_ids, token_type_ids, attention_mask, dropout_keys, masked_positions)
+        weight = self.cls.predictions.decoder.weight
+        is_tied = weight is self.bert.embeddings.word_embeddings.weight
+        lookup = TiedLookup(weight) if is_tied and masked_labels is not None and weight.device.type == "cpu" else None
+        rows, _ = self.bert.encode(input_ids, token_type_ids, attention_mask, dropout_keys, masked_positions, lookup)
         masked_rows, first_rows = rows.split([len(masked_positions), len(input_ids)])
         next_sentence = self.cls.seq_relationship(self.bert.pool_rows(first_rows))
         if masked_labels is None:
             return self.cls.predictions(masked_rows), next_sentence
-        return self.cls.predictions.loss(masked_rows, masked_labels), next_sentence
+        weight = weight if lookup is None else lookup.weight
+        return self.cls.predictions.loss(masked_rows, masked_labels, weight), next_sentence
 
 
 class BertForQuestionAnswering(nn.Module):
