@@ -79,7 +79,7 @@ class PlatformWheel(bdist_wheel):
 
 
 libraries = [
-    Library(OPTIM, {"kernel.c": "largebatch"}, ["step.c"]),
+    Library(OPTIM, {"kernel.c": "largebatch"}, ["step.c", "locate.c"]),
     Library(MODELS, {f"{name}.c": name for name in ("attention", "norm", "gelu", "loss")}, ["calls.c"]),
 ]
 commands: dict[str, Any] = {"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel}

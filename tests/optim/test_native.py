@@ -208,7 +208,7 @@ def test_strides_of_dimensions_of_one_element_mean_nothing() -> None:
     assert x.grad.stride() != x.stride()
     optimizer = LAMB([x], backend="native")
     (gathered,) = optimizer._layers_by_device()
-    table = native.Table(gathered)
+    table = native.Table(gathered, native.BACKEND.locate)
     assert not table.irregular
     (read,) = table.enter_gradients(gathered)
     assert read is x.grad

@@ -151,6 +151,16 @@ def leave_out_one(optimizer: LAMB, x: Tensor) -> None:
     optimizer.step()
 
 
+@pytest.fixture(params=[True, False])
+def _located(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's own description of tensors, and as if this version had none."""
+    if not request.param:
+        monkeypatch.setattr(native.BACKEND.locate, "describe", None)
+    elif native.BACKEND.locate.describe is None:
+        pytest.skip("this version of torch does not describe tensors in C")
+
+
+@pytest.mark.usefixtures("_located")
 @pytest.mark.parametrize("change", [swap_data, swap_state, swap_step, reload, grow, leave_out_one])
 def test_tensors_that_are_exchanged_between_steps_are_seen(change: Callable[[LAMB, Tensor], None]) -> None:
     moved = []
@@ -162,6 +172,62 @@ def test_tensors_that_are_exchanged_between_steps_are_seen(change: Callable[[LAM
         run(optimizer, params, 2, first=2)
         moved.append(params)
     assert largest_difference(*moved) < CLOSE
+
+
+@pytest.mark.usefixtures("_located")
+def test_gradients_of_other_layouts_from_step_to_step_are_seen() -> None:
+    """A transposed one, one of rows in the same memory, one in a larger tensor; the same bits as of copies."""
+    shapes = [
+        lambda g: g,
+        lambda g: g.t().clone().t(),
+        lambda g: g[:1].expand(6, 4),
+        lambda g: torch.cat([g, g])[:6],
+        lambda g: g,
+    ]
+    moved = []
+    for backend, copies in (("native", False), ("native", True), ("reference", False)):
+        torch.manual_seed(0)
+        params = [torch.randn(6, 4).requires_grad_() for _ in range(3)]
+        optimizer = LAMB(params, lr=1e-2, backend=backend)
+        for shape in shapes:
+            for x in params:
+                x.grad = torch.randn(6, 4)
+            last = shape(params[-1].grad)
+            params[-1].grad = last.contiguous() if copies else last
+            optimizer.step()
+        moved.append(params)
+    assert same_bits(moved[0], moved[1])
+    assert largest_difference(moved[0], moved[2]) < CLOSE
+
+
+@pytest.mark.usefixtures("_located")
+def test_sparse_gradients_are_refused_after_dense_ones() -> None:
+    x = torch.randn(6, 4).requires_grad_()
+    optimizer = LAMB([x], backend="native")
+    x.grad = torch.randn(6, 4)
+    optimizer.step()
+    before, x.grad = x.detach().clone(), torch.randn(6, 4).to_sparse()
+    with pytest.raises(ValueError, match="sparse gradients are not supported"):
+        optimizer.step()
+    assert torch.equal(x, before)
+
+
+def test_addresses_are_given_only_where_all_is_as_expected() -> None:
+    locate, base = native.BACKEND.locate, torch.randn(12, 8)
+    if locate.describe is None:
+        pytest.skip("this version of torch does not describe tensors in C")
+    tensors = [base, base[3:, 1:], base.t(), base[0, 0], base[:0], torch.nn.Parameter(base.half()), base.bfloat16()]
+    dtypes, strides = [x.dtype for x in tensors], [x.stride() for x in tensors]
+    expected = native.locate.Layouts(dtypes, strides)
+    assert locate(tensors, expected).tolist() == [x.data_ptr() for x in tensors]
+    assert locate([], native.locate.Layouts([], [])).tolist() == []
+    for i, others in {
+        0: [base.t(), base.half(), base.double(), base[None], base[0], base.to("meta"), base.to_sparse()],
+        3: [base[0], torch.tensor(1)],
+        6: [tensors[5], base[:, :1].bfloat16()],
+    }.items():
+        for other in others:
+            assert locate([*tensors[:i], other, *tensors[i + 1 :]], expected) is None
 
 
 def test_gradients_are_not_kept() -> None:

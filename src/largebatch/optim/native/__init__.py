@@ -1,8 +1,8 @@
 """The backend for CPUs: a kernel in C, called once per step for all layers, with no temporary of a layer's size.
 
 setup.py compiles it when the package is installed. The mathematics is in kernel.c, who does what in step.c, the threads
-in threads.c; the Python here fills in two tables and calls. Its results are the same bits on any number of threads and
-for every instruction set with fused multiply-adds.
+in threads.c, and locate.c finds the gradients; the Python here fills in two tables and calls. Its results are the same
+bits on any number of threads and for every instruction set with fused multiply-adds.
 
 A layer whose tensors do not all lie in memory in the same order without holes is copied for the step, and so is a
 gradient of another order than its parameter's.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backends import Backend, Layers, Steps
 from .library import DESCEND, DIRECT, DTYPES, NORMS, RULES, load
+from .locate import Locator
 from .table import Table, addresses
 
 
@@ -29,6 +30,7 @@ class Native(Backend):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
+        self.locate = Locator(library)
 
     def refuses(self, rule: str, params: Sequence[Tensor]) -> str | None:
         for x in params:
@@ -69,7 +71,7 @@ class Native(Backend):
             reason = self.refuses(rule, [layer.x for layer in layers])
             if reason is not None:
                 raise ValueError(f"backend='native' cannot go on: {reason}")
-            table = layers.memo = Table(layers)
+            table = layers.memo = Table(layers, self.locate)
         numbers = table.enter_numbers(layers)
         pairs = table.substitute(layers)
         grads = table.enter_gradients(layers)

@@ -1,7 +1,7 @@
 """What the kernel is told about the layers, in arrays that are filled in anew only where something changed.
 
 Over thousands of small layers a step's time is Python's. What is done here for each layer at each step is therefore one
-call in a `map`, for every address and for its gradient's layout and dtype.
+call in a `map`, and for its gradient, as long as that looks as it did, one in C (`locate`).
 """
 
 import math
@@ -15,15 +15,16 @@ from torch import Tensor
 from ..backends import Layer, Layers, Run
 from ..checks import check_dense
 from .library import DTYPES, LAYER, NUMBERS
+from .locate import Layouts, Locator, Strides
 
 Rows = NDArray[np.void]
-Strides = tuple[int, ...]
 
 
 class Table:
     """The layers of one optimizer and device, as the kernel reads them."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: Layers, locate: Locator) -> None:
+        self.locate = locate
         self.weights = [layer.x for layer in layers]
         self.addresses = addresses(self.weights)
         self.storages = [tensor.untyped_storage() for layer in layers for tensor in owned(layer)]  # kept alive
@@ -35,6 +36,7 @@ class Table:
             self.orders[i] = torch.empty_like(state, device="meta").stride()
         self.strides = list(self.orders)  # of gradients that can be read as they are
         self.dtypes = [layer.x.dtype for layer in layers]
+        self.layouts = Layouts(self.dtypes, self.strides)
         self.counts: list[int] = []  # of layers that share a row of numbers
         self.rows: Rows = np.zeros(len(layers), LAYER)
         for row, layer in zip(self.rows, layers, strict=True):
@@ -48,6 +50,10 @@ class Table:
 
     def enter_gradients(self, layers: Layers) -> list[Tensor]:
         """Enter the gradients, and return them: some are copies, which live as long as the list does."""
+        found = self.locate(layers.grads, self.layouts)
+        if found is not None:
+            self.rows["g"] = found
+            return layers.grads
         grads = list(layers.grads)
         try:
             where = addresses(grads)
@@ -62,6 +68,7 @@ class Table:
                     where[i] = grads[i].data_ptr()
                     self.rows["g_dtype"][i] = DTYPES[grads[i].dtype]
                     self.strides[i], self.dtypes[i] = grads[i].stride(), grads[i].dtype
+            self.layouts = Layouts(self.dtypes, self.strides)
         self.rows["g"] = where
         return grads
 
