@@ -72,6 +72,34 @@ def test_a_saved_state_dict_loads_with_weights_only(info: OptimizerInfo, given: 
 
 
 @every_optimizer
+def test_a_state_dict_is_saved_without_functions(info: OptimizerInfo) -> None:
+    """A lambda cannot be pickled; what φ a loaded optimizer has is said where it is made."""
+
+    def made(phi: Any) -> Optimizer:
+        torch.manual_seed(0)
+        x = Parameter(torch.randn(3, 2))
+        groups = [{"params": [x]}, {"params": [Parameter(torch.randn(3))], "phi": (0.5, 2.0)}]
+        if "Layerwise" in info.optim_cls.__name__:
+            return Layerwise(torch.optim.AdamW(groups, lr=0.1), phi=phi)
+        return info.optim_cls(groups, lr=0.1, phi=phi)
+
+    source, twin, other = made(lambda norm: norm / 2), made(lambda norm: norm / 2), made(None)
+    step_alike(source)
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    for target in (twin, other):
+        file.seek(0)
+        target.load_state_dict(torch.load(file, weights_only=True))
+        with torch.no_grad():
+            for x, y in zip(weights(source), weights(target), strict=True):
+                y.copy_(x)
+    assert callable(source.param_groups[0]["phi"])
+    step_alike(source, twin, other)
+    same = [[torch.equal(x, y) for x, y in zip(weights(source), weights(each), strict=True)] for each in (twin, other)]
+    assert same == [[True, True], [False, True]]
+
+
+@every_optimizer
 def test_an_older_state_dict_takes_the_defaults(info: OptimizerInfo) -> None:
     given = info.optim_inputs_func("cpu")[0]
     optimizer, _ = started(info, given)

@@ -200,6 +200,13 @@ class LayerwiseOptimizer(Optimizer):
         self._ratios, self._gathered = [[]], None
         self._choose_backend()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict, but for a φ that is a function: loading leaves a group its own.
+
+        Functions cannot always be saved, and are not safe to load.
+        """
+        return without_functions(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of a torch optimizer with the same state keys.
 
@@ -254,6 +261,14 @@ class LayerwiseOptimizer(Optimizer):
         if "amsgrad" in theirs and "always_adapt" not in theirs:  # torch's Adam, which says so that it is AdamW
             theirs.pop("decoupled_weight_decay", None)
         return {key: own[key] for key in self.defaults if key in own} | theirs
+
+
+def without_functions(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Drop every φ that is a function from a state dict, which is changed."""
+    for group in state_dict["param_groups"]:
+        if callable(group.get("phi")):
+            del group["phi"]
+    return state_dict
 
 
 def rate_of(group: dict[str, Any]) -> float | Tensor:

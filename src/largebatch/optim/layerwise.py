@@ -10,7 +10,7 @@ from torch.optim.asgd import ASGD
 from torch.optim.rprop import Rprop
 
 from . import norms
-from .base import rate_of
+from .base import rate_of, without_functions
 from .checks import check, check_phi
 from .precision import compute_dtype, store_weights
 from .wrapper import Wrapper
@@ -151,6 +151,10 @@ class Layerwise(Wrapper):
         if isinstance(param_group, dict):
             check_phi(param_group.get("phi"))
         super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state dict, but for a φ that is a function: loading leaves a group its own."""
+        return without_functions(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the base optimizer alone."""
