@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from largebatch.data.vision import FASHION_MNIST_PIXELS, load_idx_dataset, read_idx
+from largebatch.data.vision import FASHION_MNIST_PIXELS, ImageDataset, load_idx_dataset, read_idx
 from largebatch.errors import UserError
 
 SAMPLE = Path(str(resources.files("largebatch"))) / "assets" / "mnist_sample"
@@ -44,6 +44,14 @@ def test_pixels_and_labels_are_those_in_the_file(folder: Path) -> None:
     expected = (torch.arange(5 * 28 * 28) % 256).view(5, 1, 28, 28)
     # 255 * 3e-7, the rounding of values up to 2.8
     torch.testing.assert_close(pixels, expected.float(), rtol=0, atol=1e-4)
+
+
+def test_its_identity_is_that_of_images_labels_and_order(folder: Path) -> None:
+    data = load_idx_dataset(folder, "train")
+    assert load_idx_dataset(folder, "train").identity == data.identity
+    turned = data.images[[1, 0, 2, 3, 4]]
+    others = [(data.images, data.labels.flip(0)), (turned, data.labels), (data.images[:4], data.labels[:4])]
+    assert len({data.identity, *(ImageDataset(*each).identity for each in others)}) == 4
 
 
 def test_normalisation_is_the_callers(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Whole runs: two stages, exact resume, export, fine-tuning and report, on a small scale but through the real path."""
 
+import gzip
 import json
 import os
 import shutil
@@ -171,6 +172,17 @@ def test_a_second_workload_goes_through_the_same_engine(tmp_path: Path, name):
     assert 0 <= json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]["accuracy"] <= 1
 
 
+def test_a_run_is_not_evaluated_with_other_images(tmp_path: Path):
+    """As many of them, in another order."""
+    shutil.copytree(ASSETS / "mnist_sample", tmp_path / "images")
+    run(small_lenet(f"data.path={tmp_path / 'images'}"), tmp_path / "run")
+    labels = tmp_path / "images" / "train-labels-idx1-ubyte.gz"
+    content = gzip.decompress(labels.read_bytes())
+    labels.write_bytes(gzip.compress(content[:8] + content[:7:-1]))
+    with pytest.raises(UserError, match=r"the data of .*run have changed since it began \(train_data was"):
+        evaluate_run(tmp_path / "run")
+
+
 def test_a_data_set_is_normalised_by_its_own_pixels():
     mnist, fashion = (ClassificationWorkload(small_lenet(*more)) for more in ((), ("data.dataset=fashion-mnist",)))
     for of_mnist, of_fashion in ((mnist._train, fashion._train), (mnist._test, fashion._test)):
@@ -265,6 +277,22 @@ def test_a_file_is_answered_in_the_runs_own_windows(tuned: Path, questions, caps
     assert figures[1] == {**figures[0], "split": questions[1].name}
     usual = evaluate_squad(*_model_and_questions(tuned, questions[1]))[0].metrics()
     assert usual["f1"] != figures[0]["f1"], "the windows make no difference here"
+
+
+def test_a_run_is_not_evaluated_with_other_questions(tuned: Path, questions, capsys):
+    """As many of them, so that no shape or number tells."""
+    for path, name in zip(questions, ("train_data", "test_data"), strict=True):
+        kept = path.read_bytes()
+        content = json.loads(kept)
+        asked = content["data"][0]["paragraphs"][0]["qas"]
+        asked[0]["question"], asked[1]["question"] = asked[1]["question"], asked[0]["question"]
+        path.write_text(json.dumps(content))
+        try:
+            assert main(["evaluate", str(tuned)]) == 2
+            assert f"{tuned} have changed since it began ({name} was" in capsys.readouterr().err
+        finally:
+            path.write_bytes(kept)
+    assert main(["evaluate", str(tuned)]) == 0
 
 
 def _model_and_questions(run_directory: Path, file: Path) -> tuple[torch.nn.Module, SquadDataset, Tokenizer]:

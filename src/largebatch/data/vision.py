@@ -1,6 +1,7 @@
 """Image sets: MNIST's IDX format, which Fashion-MNIST shares."""
 
 import gzip
+import hashlib
 import zlib
 from dataclasses import dataclass
 from math import prod
@@ -35,6 +36,13 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the images, their classes and their order."""
+        digest = hashlib.sha256(self.labels.numpy())
+        digest.update(self.images.numpy())
+        return digest.hexdigest()
 
 
 def load_idx_dataset(

@@ -43,7 +43,8 @@ class ClassificationWorkload:
             load_idx_dataset(Path(config.data.path), split, mean=mean, std=std) for split in ("train", "test")
         )
         self.micro_batch_sizes = [stage.micro_batch_size or 0 for stage in config.stages]
-        self.details = {"train_images": len(self._train.labels), "test_images": len(self._test.labels)}
+        self.details = {"train_images": len(self._train), "test_images": len(self._test)}
+        self.details |= {"train_data": self._train.identity, "test_data": self._test.identity}
         self.baselines: dict[str, float] = {}
         self.notes: list[str] = []
 

@@ -73,6 +73,8 @@ class SquadWorkload:
             "train_questions": sum(len(dataset) for dataset in training),
             "train_windows": int(self._train_features.trainable.sum()),
             "test_questions": len(self._test),
+            "train_data": [dataset.identity for dataset in training],
+            "test_data": self._test.identity,
         }
         self.baselines: dict[str, float] = {}
         self.notes = [str(dataset) for dataset in [*training, self._test] if dataset.bad_answers]
