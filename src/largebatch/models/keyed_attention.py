@@ -35,7 +35,7 @@ class Operations:
         torch.mul(by_sequence, scale, out=rows.view(*chunk, num_heads, -1))
 
     def join_and_sum(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
-        """Do the same, and return the rows' sum, [H] of float32."""
+        """Do the same, and return the sum of the rows, [H], in float32 or better."""
         self.join(heads, rows, chunk, num_heads, scale)
         return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
 
