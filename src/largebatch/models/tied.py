@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 class _Lookup(torch.autograd.Function):
     """Rows of a matrix, and the matrix as others are to use it: their gradient takes in that of the rows.
 
-    Where a decoder is trained together with the lookup, that saves a matrix of zeros with few rows in it, and adding it.
+    Where a decoder is trained together with the lookup, that saves a matrix of zeros but for few rows, and adding it.
     """
 
     @staticmethod
