@@ -44,7 +44,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL) | $(VENV)/bin/pytho
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(PIP) install --quiet --constraint constraints.txt --no-deps timm torch-optimizer
+	$(PIP) install --quiet --constraint constraints.txt --no-deps timm torch-optimizer lightning
 	@touch $@
 
 clean:
