@@ -77,6 +77,22 @@ def test_normalisation_is_known_by_the_name_of_its_class(class_name: str, normal
         assert names(model, exclude=("norm",)) == (["1.weight", "1.bias"], ["0.gain"])
 
 
+class LN(nn.LayerNorm):
+    """A user's own name for it."""
+
+
+def test_normalisation_is_known_by_the_class_it_derives_from() -> None:
+    assert names(nn.Sequential(nn.Linear(4, 4), LN(4))) == (["0.weight"], ["0.bias", "1.weight", "1.bias"])
+
+
+@pytest.mark.parametrize("class_name", ["BatchNormAct2d", "EvoNorm2dS0", "MambaRMSNormGated", "NormLinear"])
+def test_the_vectors_of_a_module_with_norm_in_its_name_are_gains(class_name: str) -> None:
+    layer = type(class_name, (nn.Module,), {})()
+    layer.gain = nn.Parameter(torch.ones(3, 1, 1))
+    layer.matrix = nn.Parameter(torch.ones(3, 3))
+    assert names(layer) == (["matrix"], ["gain"])
+
+
 def test_what_lies_within_a_module_called_norm_is_not_of_it() -> None:
     around = type("PreNorm", (nn.Module,), {})()
     around.gain = nn.Parameter(torch.ones(3))

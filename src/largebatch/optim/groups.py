@@ -10,7 +10,8 @@ from torch import nn
 # normalisation layers, which Hugging Face calls `LayerNorm` and torch `norm1`.
 DEFAULT_EXCLUDE = ("bias", "LayerNorm", "norm")
 
-NORMALISATION_CLASS = re.compile(r"norm(\d+d)?$", re.IGNORECASE)  # LayerNorm, BatchNorm2d, LlamaRMSNorm, ...
+ENDS_IN_NORM = re.compile(r"norm(\d+d)?$", re.IGNORECASE)  # LayerNorm, BatchNorm2d, LlamaRMSNorm, ...
+HAS_NORM = re.compile(r"Norm(?![a-z])")  # EvoNorm2dS0, MambaRMSNormGated, but also NormLinear, whose weight is a matrix
 
 
 def param_groups(
@@ -19,8 +20,9 @@ def param_groups(
     r"""Split a model's parameters into a group that decays and adapts and a group that does neither.
 
     The excluded group has ``weight_decay=0`` and ``adapt=False``: it takes the plain step of the base optimizer, as the
-    authors' own BERT code does for biases and LayerNorm. The groups suit every optimizer of this package, and
-    any of ``torch.optim``, which ignores ``adapt``.
+    authors' own BERT code does for biases and LayerNorm. The groups suit every optimizer of this package, and those
+    of ``torch.optim`` that take groups of any parameters; they ignore ``adapt``. What a group says wins over what
+    the optimizer is given: the decay is this function's to set, not ``LAMB(groups, weight_decay=...)``'s.
 
     Args:
         model: the parameters that require a gradient are taken, in the model's order, tied ones once and under their
@@ -29,7 +31,8 @@ def param_groups(
         exclude: patterns. A parameter is excluded if any of them is found (``re.search``: case-sensitive, anywhere)
             in its name, or in another name that a tied parameter goes by. The pattern ``"norm"`` also stands for every
             parameter of a normalisation module, whatever its name, so that a ResNet's ``bn1`` and ``downsample.1``
-            are excluded.
+            are excluded: of a module whose class, or one that it derives from, is called so ("LayerNorm",
+            "BatchNorm2d"), and the vectors of one with "Norm" elsewhere in its class's name.
 
     Returns:
         One or two groups with the keys ``params``, ``param_names``, ``weight_decay`` and ``adapt``; a group that would
@@ -56,16 +59,16 @@ def param_groups(
         raise ValueError(f"weight_decay={weight_decay}: expected a number >= 0")
 
     names: dict[nn.Parameter, list[str]] = {}
-    normalises: set[nn.Parameter] = set()
+    gains: set[nn.Parameter] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             names.setdefault(parameter, []).append(f"{module_name}.{name}".removeprefix("."))
-            if NORMALISATION_CLASS.search(type(module).__name__):
-                normalises.add(parameter)
+            if normalises(module, parameter):
+                gains.add(parameter)
 
     def matches(pattern: str, parameter: nn.Parameter) -> bool:
         by_name = any(re.search(pattern, name) for name in names[parameter])
-        return by_name or (pattern == "norm" and parameter in normalises)
+        return by_name or (pattern == "norm" and parameter in gains)
 
     if tuple(exclude) != DEFAULT_EXCLUDE:
         for pattern in exclude:
@@ -84,3 +87,11 @@ def param_groups(
     if not groups:
         raise ValueError("model: it has no parameter that requires a gradient")
     return groups
+
+
+def normalises(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Say whether a parameter of this module is the gain or the shift of a normalisation."""
+    names = [kind.__name__ for kind in type(module).__mro__]
+    if any(ENDS_IN_NORM.search(name) for name in names):
+        return True
+    return any(HAS_NORM.search(name) for name in names) and parameter.numel() == max(parameter.shape, default=1)
