@@ -181,6 +181,7 @@ def test_other_commands_refuse_bad_input(tmp_path, capsys):
     assert "name the model with --model" in failure(capsys, "finetune", "squad")
     assert "bert, resnet50" in failure(capsys, "plan", "gpt", "512").replace("'", "")
     assert "batch_size is '64k'; it must be a whole number" in failure(capsys, "plan", "bert", "64k")
+    assert "it must be written without commas: 32768" in failure(capsys, "plan", "bert", "32,768")
     assert "name a run" in failure(capsys, "evaluate")
     assert f"there is no run in {tmp_path}/typo to resume" in failure(
         capsys, "train", "--resume", "--out", tmp_path / "typo"
@@ -202,6 +203,11 @@ def test_other_commands_refuse_bad_input(tmp_path, capsys):
         tmp_path / "predictions.json",
     )
     assert "predictions.json" in line
+
+
+def test_two_small_batches_are_no_number_in_the_thousands(capsys):
+    assert main(["plan", "bert", "512,256"]) == 0
+    assert "seq512" in capsys.readouterr().out
 
 
 def test_plan_prints_the_papers_run(capsys):

@@ -208,6 +208,9 @@ def test_the_largest_batch_named_by_the_error_is_the_largest(workload: str, batc
 def test_a_batch_beyond_the_table_says_so() -> None:
     assert "no row of the paper's table" in plan("bert", 3_000).notes[0]
     assert "2,048" in plan("bert", 2_500).notes[0]
+    assert "Batch 1,000: no row" in plan("bert", (65_536, 1_000)).notes[0]
+    assert "the nearest row is 32,768" in plan("bert", (65_536, 1_000)).notes[1]
+    assert not any("no row" in note for note in plan("bert", 3_000, base_learning_rate=1e-3).notes)
     for table, workload in ((BERT, "bert"), (RESNET, "resnet50")):
         for batch, *_ in table:
             assert not any("no row" in note for note in plan(workload, batch).notes)
@@ -215,7 +218,7 @@ def test_a_batch_beyond_the_table_says_so() -> None:
 
 def test_a_phase_may_be_one_step_long() -> None:
     assert [stage.steps for stage in plan("bert", 50, samples=500).stages] == [9, 1]
-    with pytest.raises(ValueError, match=r"in \[1, 50\], the samples of that phase, got 51"):
+    with pytest.raises(ValueError, match=r"at most the samples of that phase, 1/10 of 500, got 51"):
         plan("bert", 51, samples=500)
 
 
@@ -242,9 +245,13 @@ BAD = [
         lambda: plan("bert", 512, recipe="nvida"),
         r"recipe must be one of sqrt, nvidia, got 'nvida'; did you mean 'nvidia'",
     ),
-    (lambda: plan("bert", 512, recipe="nvidia"), r"recipe 'nvidia' .* batch_size=\(512, 512\)"),
+    (lambda: plan("bert", 512, recipe="nvidia"), r"recipe 'nvidia' .* batch_size=\(512, 512\)$"),
+    (
+        lambda: plan("bert", (65_536, 32_768), recipe="nvidia", samples=10**9),
+        r"recipe 'nvidia' .* got samples=1000000000$",
+    ),
     (lambda: plan("bert", (1_024, 512), rewarmup=False), r"rewarmup must be True or None .* got False"),
-    (lambda: plan("bert", 64, samples=500), r"batch_size of seq512 must be an integer in \[1, 50\].* got 64"),
+    (lambda: plan("bert", 64, samples=500), r"batch_size of seq512 must be at most .* 1/10 of 500, got 64"),
     (lambda: plan("bert", 64, samples=0), r"samples must be an integer in \[1, inf\), got 0"),
     (lambda: plan("bert", 512, base_learning_rate=-1.0), r"base_learning_rate must be in \(0, inf\), got -1.0"),
     (lambda: plan("bert", 512, base_warmup=1.5), r"base_warmup must be a share of the run in \(0, 1\), got 1.5"),

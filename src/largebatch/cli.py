@@ -5,6 +5,7 @@ Exit status: 0; 2 for a user's mistake; 130 when interrupted with a checkpoint w
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -202,6 +203,11 @@ def _demo(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from largebatch.scaling import plan
 
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", options.batch_size):
+        first, *rest = options.batch_size.split(",")
+        if int(first) < int(rest[0]):  # two stages go the other way
+            number = options.batch_size.replace(",", "")
+            raise UserError(f"batch_size is {options.batch_size!r}; it must be written without commas: {number}")
     try:
         batches = tuple(int(part) for part in options.batch_size.split(","))
     except ValueError:

@@ -129,7 +129,7 @@ class Workload:
 
     >>> from dataclasses import replace
     >>> mine = replace(WORKLOADS["bert"], name="mine", samples=2_000_000, base_learning_rate=2e-3,
-    ...                base_batch_size=256, base_warmup=Fraction(1, 20))
+    ...                base_batch_size=256, base_warmup=Fraction(1, 20), source="my own sweep", tabled=())
     >>> [(stage.steps, stage.warmup_steps) for stage in plan(mine, 1_024).stages]
     [(1758, 391), (195, 0)]
     """
@@ -371,7 +371,7 @@ def plan(
     printed = work.name == "bert" and batches == _MIXED and work.samples == WORKLOADS["bert"].samples
     steps = _MIXED_STEPS if printed else _steps(work, batches)
     if recipe == "nvidia":
-        return _nvidia(work, batches, steps, rewarmup)
+        return _nvidia(work, batches, steps)
 
     stages = []
     for index, (phase, batch, count) in enumerate(zip(work.phases, batches, steps, strict=True)):
@@ -384,11 +384,14 @@ def plan(
     return Plan(work.name, recipe, tuple(stages), work.curve, 1.0, rewarmup, work.source, notes)
 
 
-def _nvidia(work: Workload, batches: tuple[int, ...], steps: tuple[int, ...], rewarmup: bool) -> Plan:
-    if work != WORKLOADS["bert"] or batches != _MIXED or not rewarmup:
+def _nvidia(work: Workload, batches: tuple[int, ...], steps: tuple[int, ...]) -> Plan:
+    theirs = {"batch_size": _MIXED, **vars(WORKLOADS["bert"])}
+    given = {"batch_size": batches, **vars(work)}
+    wrong = [f"{key}={given[key]!r}" for key in theirs if given[key] != theirs[key] and key not in ("source", "tabled")]
+    if wrong:
         raise ValueError(
             f"recipe 'nvidia' must go with plan('bert', {_MIXED}) and the workload's own settings, "
-            f"got workload {work.name!r}, batch_size={batches}"
+            f"got {', '.join(wrong)}"
         )
     settings = zip(work.phases, batches, steps, (6e-3, 4e-3), (2_000, 200), strict=True)
     stages = tuple(
@@ -429,6 +432,7 @@ def _workload(
         base_learning_rate=workload.base_learning_rate if base_learning_rate is None else base_learning_rate,
         base_batch_size=workload.base_batch_size if base_batch_size is None else base_batch_size,
         base_warmup=workload.base_warmup if base_warmup is None else base_warmup,
+        tabled=() if any(changed[1:]) else workload.tabled,
         source="the paper's rules on settings " + ("of the user" if any(changed[1:]) else "for the user's samples"),
     )
 
@@ -449,9 +453,9 @@ def _steps(work: Workload, batches: tuple[int, ...]) -> tuple[int, ...]:
     steps = tuple(math.floor(n) if 0 < i == len(exact) - 1 else math.ceil(n) for i, n in enumerate(exact))
     for phase, batch, count in zip(work.phases, batches, steps, strict=True):
         if count < 1:
-            most = math.floor(work.samples * phase.share)
             raise ValueError(
-                f"batch_size of {phase.name} must be an integer in [1, {most}], the samples of that phase, got {batch}"
+                f"batch_size of {phase.name} must be at most the samples of that phase, "
+                f"{phase.share} of {work.samples}, got {batch}"
             )
     return steps
 
@@ -475,11 +479,9 @@ def _nearest(given: str, names: Sequence[str] | MappingProxyType[str, Workload])
 
 def _notes(work: Workload, batches: tuple[int, ...], rewarmup: bool, printed: bool) -> tuple[str, ...]:
     notes = []
-    beyond = sorted({batch for batch in batches if batch not in work.tabled})
-    if work.tabled and beyond and not printed:
-        nearest = min(work.tabled, key=lambda tabled: abs(math.log(tabled / beyond[0])))
-        sizes = " and ".join(f"{batch:,}" for batch in beyond)
-        notes.append(f"Batch {sizes}: no row of the paper's table, but its rule; the nearest row is {nearest:,}.")
+    for batch in sorted(set(batches) - set(work.tabled)) if work.tabled and not printed else ():
+        nearest = min(work.tabled, key=lambda tabled: abs(math.log(tabled / batch)))
+        notes.append(f"Batch {batch:,}: no row of the paper's table, but its rule; the nearest row is {nearest:,}.")
     if printed:
         notes.append("The sources found do not print this run's rates and warm-ups: these are the paper's rules.")
         notes.append(_MIXED_NOTE)
