@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from largebatch import LAMB, LARS, Layerwise, param_groups
+from largebatch.optim import CPUOffload
 
 
 class Lion(Optimizer):
@@ -289,3 +290,63 @@ def test_muon_trains_a_transformer() -> None:
     assert median(losses[-10:]) < 1.0
     still = trained(lr=0.0, steps=5)
     assert min(still) > 2.3
+
+
+def test_a_step_that_fails_puts_the_weights_back() -> None:
+    params = matrices()
+    optimizer = Layerwise(torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.1, foreach=False))
+    before = [x.detach().clone() for x in params]
+    give_gradients(params, 0)
+
+    def stop(*_: Any) -> None:
+        assert not torch.equal(params[0], before[0])  # at 2^40, far away
+        raise KeyboardInterrupt
+
+    optimizer.base.register_step_post_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e-12])
+def test_a_small_gradient_keeps_its_direction_in_float32(scale: float) -> None:
+    x = torch.nn.Parameter(torch.linspace(-1, 1, 64))
+    x.grad = torch.randn(64, generator=torch.Generator().manual_seed(0)) * scale
+    old, direction = x.detach().clone(), x.grad / x.grad.norm()
+    Layerwise(torch.optim.SGD([x], lr=0.1)).step()
+    moved = old - x.detach()
+    # The weights of order 1 are rounded at 6e-8, and so are the moves of order 0.1.
+    torch.testing.assert_close(moved / (0.1 * old.norm()), direction, rtol=1e-5, atol=1e-6)
+
+
+def test_a_base_that_is_not_linear_is_found_within_a_wrapper() -> None:
+    with pytest.raises(ValueError, match="base='Rprop': expected an optimizer linear in its learning rate"):
+        Layerwise(CPUOffload(torch.optim.Rprop(matrices(), lr=0.1)))
+
+
+def test_a_base_without_a_rate_is_refused() -> None:
+    base = torch.optim.SGD(matrices(), lr=0.1)
+    base.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="base='SGD': expected an optimizer with a learning rate for each group"):
+        Layerwise(base)
+
+
+def test_the_last_of_two_around_one_base_has_its_way() -> None:
+    base = torch.optim.SGD([{"params": matrices(), "adapt": False}, {"params": layers()[:1]}], lr=0.1)
+    Layerwise(base, phi=(0.0, 1.0))
+    optimizer = Layerwise(base, phi=(0.0, 2.0), adapt=True)
+    assert [group["phi"] for group in optimizer.param_groups] == [(0.0, 2.0)] * 2
+    assert [group["adapt"] for group in optimizer.param_groups] == [False, True]  # what the user said stays
+    assert Layerwise(base, adapt=False).param_groups[1]["adapt"] is False
+
+
+def test_a_group_added_through_the_base_is_moved() -> None:
+    params = layers()
+    base = torch.optim.SGD(params[:1], lr=0.1)
+    optimizer = Layerwise(base)
+    base.add_param_group({"params": params[6:7]})
+    give_gradients(params, 0)
+    optimizer.step()
+    assert sorted(optimizer.trust_ratios()) == [0, 1]
+    assert optimizer.param_groups[1]["adapt"] is True

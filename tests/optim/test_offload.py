@@ -182,3 +182,14 @@ def test_layers_of_one_name_each_have_their_ratio(make: Any, wrap: Any) -> None:
     assert list(ratios) == ["weight", "bias", "weight#2", "bias#2"]
     assert ratios["weight"].isnan()
     assert ratios["weight#2"].isfinite()
+
+
+def test_a_group_added_through_the_wrapped_optimizer_is_moved() -> None:
+    first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    base = LAMB([first], lr=0.1)
+    optimizer = CPUOffload(base)
+    base.add_param_group({"params": [second]})
+    first.grad = second.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(first, second)
+    assert not torch.equal(second, torch.ones(3))

@@ -37,7 +37,8 @@ def dialect(name: str) -> dict[str, Any]:
 
     They are that implementation's defaults for everything but the learning rate. What a package does outside of the
     rule is not in them: Apex and timm clip the gradient's global norm to 1 before the step
-    (``torch.nn.utils.clip_grad_norm_``), and exclusions are a matter of groups (`param_groups`).
+    (``torch.nn.utils.clip_grad_norm_``), and exclusions are a matter of groups: `param_groups` sets λ for each, which
+    wins over the λ here, so hand it this one.
 
     Args:
         name: "paper" (v1, v4, v5), "paper-v3", "albert", "tfa", "optax", "keras", "apex", "nvlamb", "timm", "lambc",

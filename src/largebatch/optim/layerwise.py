@@ -1,6 +1,7 @@
 """The paper's general strategy: any base optimizer, with its step rescaled layer by layer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,35 +19,36 @@ from .wrapper import Wrapper
 # Their state depends on the learning rate, or they step more than once, or bound the rate by one of their own.
 NOT_LINEAR = (LBFGS, ASGD, Rprop, Adafactor)
 
+# The rate at which the base optimizer moves the layers that adapt. At 1 a weight that moves by less than 2^-25 of
+# itself, in bfloat16 by less than 2^-9, would stay where it is; at this one by less than 2^-65 and 2^-49.
+LONG_STEP = 2.0**40
 
-# The rate at which the base optimizer moves bfloat16 weights. At 1 a weight that moves by less than 2^-9 of itself
-# stays where it is; at this one by less than 2^-33.
-LONG_STEP = 2.0**24
+# The attribute of the base optimizer that lists what its groups have from the Layerwise around it.
+FILLED_IN = "_filled_in_by_layerwise"
 
 
-class Moved(NamedTuple):
-    """A layer that the base optimizer has moved."""
+class Moving(NamedTuple):
+    """A layer that the base optimizer is to move, or has moved."""
 
     name: str | int
     x: Tensor  # what this process holds of it
     old: Tensor  # what x was, if its group adapts
     group: dict[str, Any]
     cut: norms.Cut
-    rate: float  # at which it was moved, if its group adapts
 
 
 class Layerwise(Wrapper):
     r"""Any optimizer made layerwise: x ← x − η · φ(‖x‖)/‖u‖ · u, where u is the base optimizer's step at rate 1.
 
-    1. The base optimizer takes its step with the learning rate 1, which moves x by −u, weight decay included.
-       (bfloat16 weights move at 2²⁴, and u is that difference over 2²⁴: to them x − u would often be x.)
+    1. The base optimizer takes its step with the learning rate 2⁴⁰, weight decay included: u is what x moves by, over
+       2⁴⁰. (At the rate 1 the difference of two weights would lose the digits of a small u.)
     2. The factor φ(‖x‖)/‖u‖ is reckoned, 1 if ‖x‖ or ‖u‖ is zero.
     3. x is set to what it was, minus η times the factor times u.
 
     Groups with ``adapt=False`` take the base optimizer's own step at its own rate. `Layerwise(torch.optim.AdamW(...))`
     is LAMB, and `Layerwise(torch.optim.SGD(...))` is LARS with the momentum normalised. For those two, `LAMB` and
-    `LARS` are faster and more exact: here a float32 u is the difference of two weights, which rounds it at 6e-8 of the
-    larger of |x| and |u|, and a copy of the adapted weights is held during the step.
+    `LARS` are faster: here the base optimizer writes weights that are read back, and a copy of the adapted ones is held
+    during the step. If the step fails or is interrupted they are put back from it.
 
     A layer that adapts and whose step is not finite stays where it was, and `trust_ratios()` says NaN for it; but what
     a gradient of inf or NaN did to the state is up to the base optimizer, and most of torch's keep it for ever.
@@ -81,9 +83,17 @@ class Layerwise(Wrapper):
 
     def __init__(self, base: Optimizer, *, phi: norms.Phi = None, norm: str = "l2", adapt: bool = True) -> None:
         check("base", type(base).__name__, isinstance(base, Optimizer), "a torch.optim.Optimizer")
-        check("base", type(base).__name__, not isinstance(base, NOT_LINEAR), "an optimizer linear in its learning rate")
+        innermost = base
+        while isinstance(innermost, Wrapper):
+            innermost = innermost.base
+        name = type(innermost).__name__
+        check("base", name, not isinstance(innermost, NOT_LINEAR), "an optimizer linear in its learning rate")
+        has_rates = all(group.get("lr") is not None for group in base.param_groups)
+        check("base", name, has_rates, "an optimizer with a learning rate for each group")
         check("norm", norm, norm in norms.ORDERS, f"one of {', '.join(map(repr, norms.ORDERS))}")
         check_phi(phi)
+        for group, key in vars(base).pop(FILLED_IN, []):  # by another Layerwise, around the same base before
+            group.pop(key, None)
         self.base = base
         self.norm = norm
         self._ratios: list[list[tuple[list[str | int], Tensor]]] = [[]]
@@ -97,44 +107,63 @@ class Layerwise(Wrapper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        reported: list[tuple[list[str | int], Tensor]] = []
-        for moved in self._step_at_unit_rate():
-            measured = [norms.measure([layer.old], self.norm)[0] for layer in moved]
-            measured_u = [norms.measure([update(layer)], self.norm)[0] for layer in moved]
-            owners = range(len(moved))
-            local = torch.stack([norms.join(pieces, owners, self.norm) for pieces in (measured, measured_u)])
-            x_norms, u_norms = norms.combine(local, [layer.cut for layer in moved], self.norm).unbind()
-            by_group = {id(group): norms.Ratio(group["phi"]) if group["adapt"] else None for group in self.param_groups}
-            ratios = norms.trust_ratios(x_norms, u_norms, [by_group[id(layer.group)] for layer in moved])
-            reported.append(([layer.name for layer in moved], ratios))
-            for layer, ratio in zip(moved, ratios.unbind(), strict=True):
+        self._follow_new_groups()
+        moving = self._about_to_move()
+        try:
+            self._take_long_step()
+            self._ratios[0] = [self._rescale(layers) for layers in moving]
+        except BaseException:  # Ctrl-C too: what has been moved is far away, and somebody may go on from here
+            for layer in chain.from_iterable(moving):
                 if layer.group["adapt"]:
-                    new = layer.old.to(compute_dtype(layer.x)) - rate_of(layer.group) * ratio * update(layer)
-                    store_weights([layer.x], [torch.where(ratio.isfinite(), new, layer.old)])
-        self._ratios[0] = reported
+                    layer.x.copy_(layer.old)
+            raise
         return loss
 
-    def _step_at_unit_rate(self) -> Iterable[list[Moved]]:
-        """Let the base optimizer step, adapted groups at one rate, and return what it moved, device by device."""
-        by_device: dict[torch.device, list[Moved]] = {}
-        position, rates = self.first_layer, [group["lr"] for group in self.param_groups]
-        for group, rate in zip(self.param_groups, [unit_rate(group) for group in self.param_groups], strict=True):
+    def _about_to_move(self) -> list[list[Moving]]:
+        """Copy what the base optimizer's step is going to move, device by device."""
+        by_device: dict[torch.device, list[Moving]] = {}
+        position = self.first_layer
+        for group in self.param_groups:
             names = group.get("param_names", [None] * len(group["params"]))
             for x, name in zip(group["params"], names, strict=True):
                 parts = norms.parts(x, name, position)
                 position += len(parts)
-                if x.grad is not None:
-                    old = x.detach().clone() if group["adapt"] else x
-                    layers = [Moved(part.name, part.of(x), part.of(old), group, part.cut, rate) for part in parts]
-                    by_device.setdefault(x.device, []).extend(layers)
+                if x.grad is None:
+                    continue
+                if group["adapt"]:
+                    wide = x.dtype is not torch.float16
+                    check("params", x.dtype, wide, "float32 or bfloat16 weights where they adapt")
+                old = x.detach().clone() if group["adapt"] else x
+                layers = [Moving(part.name, part.of(x), part.of(old), group, part.cut) for part in parts]
+                by_device.setdefault(x.device, []).extend(layers)
+        return list(by_device.values())
+
+    def _take_long_step(self) -> None:
+        """Let the base optimizer step, adapted groups at the rate `LONG_STEP`."""
+        rates = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, rates, strict=True):
             if group["adapt"]:
-                group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
+                group["lr"] = torch.full_like(rate, LONG_STEP) if isinstance(rate, Tensor) else LONG_STEP
         try:
             self.base.step()
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
-        return by_device.values()
+
+    def _rescale(self, layers: list[Moving]) -> tuple[list[str | int], Tensor]:
+        """Put the layers of one device where they belong; return their names and trust ratios."""
+        measured = [norms.measure([layer.old], self.norm)[0] for layer in layers]
+        measured_u = [norms.measure([update(layer)], self.norm)[0] for layer in layers]
+        owners = range(len(layers))
+        local = torch.stack([norms.join(pieces, owners, self.norm) for pieces in (measured, measured_u)])
+        x_norms, u_norms = norms.combine(local, [layer.cut for layer in layers], self.norm).unbind()
+        by_group = {id(group): norms.Ratio(group["phi"]) if group["adapt"] else None for group in self.param_groups}
+        ratios = norms.trust_ratios(x_norms, u_norms, [by_group[id(layer.group)] for layer in layers])
+        for layer, ratio in zip(layers, ratios.unbind(), strict=True):
+            if layer.group["adapt"]:
+                new = layer.old.to(compute_dtype(layer.x)) - rate_of(layer.group) * ratio * update(layer)
+                store_weights([layer.x], [torch.where(ratio.isfinite(), new, layer.old)])
+        return [layer.name for layer in layers], ratios
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
         """Return the trust ratio of every layer that the last step moved; see `LAMB.trust_ratios`."""
@@ -165,23 +194,19 @@ class Layerwise(Wrapper):
         self._follow_base()
 
     def _follow_base(self) -> None:
+        super()._follow_base()
         for group in self.param_groups:
             for key in ("phi", "adapt"):
-                group.setdefault(key, self.defaults[key])
+                if key not in group:
+                    group[key] = self.defaults[key]
+                    vars(self.base).setdefault(FILLED_IN, []).append((group, key))
             check_phi(group["phi"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "norm": self.norm, "defaults": self.defaults, "_ratios": [[]]}
 
 
-def unit_rate(group: dict[str, Any]) -> float:
-    """Return the rate at which the base optimizer is to move a group that adapts."""
-    dtypes = {x.dtype for x in group["params"] if x.grad is not None and group["adapt"]}
-    check("params", torch.float16, torch.float16 not in dtypes, "float32 or bfloat16 weights where they adapt")
-    return LONG_STEP if torch.bfloat16 in dtypes else 1.0
-
-
-def update(layer: Moved) -> Tensor:
-    """Return u, by which a step at rate 1 moves the layer."""
+def update(layer: Moving) -> Tensor:
+    """Return u, by which a step at rate 1 would have moved the layer."""
     dtype = compute_dtype(layer.x)
-    return (layer.old.to(dtype) - layer.x.to(dtype)) / layer.rate
+    return (layer.old.to(dtype) - layer.x.to(dtype)) / LONG_STEP

@@ -66,6 +66,7 @@ class CPUOffload(Wrapper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_new_groups()
         params = [x for group in self.param_groups for x in group["params"] if x.grad is not None]
         check_dense(x.grad for x in params)
         grads = dict(zip(params, norms.gradients(params), strict=True))
@@ -104,6 +105,7 @@ class CPUOffload(Wrapper):
         return {"base": self.base, "defaults": self.defaults}
 
     def _follow_base(self) -> None:
+        super()._follow_base()
         self._chunks = chunks_of(self.base)
 
 

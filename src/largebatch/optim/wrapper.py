@@ -12,7 +12,12 @@ class Wrapper(Optimizer):
 
     def _follow_base(self) -> None:
         """Take over what has changed in the base optimizer's groups."""
-        raise NotImplementedError
+        self._num_groups = len(self.param_groups)
+
+    def _follow_new_groups(self) -> None:
+        """Notice groups that were added through the base optimizer."""
+        if len(self.param_groups) != self._num_groups:
+            self._follow_base()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
