@@ -96,6 +96,7 @@ def test_train_refuses_bad_settings(corpus, tmp_path, capsys):
         ("stages.0.sequence_length=4",): "stages.0.sequence_length is 4; it must be at least 5",
         ("stages.1.max_predictions=0",): "stages.1.max_predictions is 0; it must be at least 1",
         ("stages.0.batch_size=0",): "stages.0.batch_size is 0; it must be at least 1",
+        ("stages.1.name=seq128",): "stages.1.name: 'seq128' is the name of stage 0 too; set another",
         ("data.masked_lm_probability=2",): "data.masked_lm_probability is 2.0; it must be in 0 to 1",
         ("data.short_sequence_probability=-1",): "data.short_sequence_probability is -1.0; it must be in 0 to 1",
         ("data.evaluation_sequences=0",): "data.evaluation_sequences is 0; it must be at least 1",

@@ -14,8 +14,8 @@ def build_stages(config: RunConfig) -> list[Stage]:
     """The engine's stages: rates filled in by the square-root rule, schedules built.
 
     Raises:
-        UserError: a batch that the ranks cannot share, a warm-up longer than its stage, an unknown schedule, or an
-            `optim.lr` that no stage would use.
+        UserError: two stages of one name, a batch that the ranks cannot share, a warm-up longer than its stage, an
+            unknown schedule, or an `optim.lr` that no stage would use.
     """
     if not config.stages:
         raise UserError("the run has no stages")
@@ -25,7 +25,13 @@ def build_stages(config: RunConfig) -> list[Stage]:
         )
     stages: list[Stage] = []
     offset = 0
+    names = [stage.name for stage in config.stages]
     for index, stage in enumerate(config.stages):
+        if names.index(stage.name) < index:
+            raise UserError(
+                f"stages.{index}.name: {stage.name!r} is the name of stage {names.index(stage.name)} too; set another, "
+                "as the metrics tell stages apart by it"
+            )
         _check_sizes(stage, f"stages.{index}")
         if stage.schedule == "continue" and index > 0:
             offset += config.stages[index - 1].steps
