@@ -95,10 +95,21 @@ def test_no_index_gives_an_empty_batch(make_split) -> None:
         assert {name: len(array) for name, array in batch.items()} == dict.fromkeys(batch, 0)
 
 
-@pytest.mark.parametrize(("sequence_length", "expected"), [(128, 20), (512, 77), (64, 10), (5, 1)])
-def test_default_max_predictions(make_split, sequence_length: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("sequence_length", "share", "expected"),
+    [(128, 0.15, 20), (512, 0.15, 77), (64, 0.15, 10), (5, 0.15, 1), (128, 0.4, 51), (512, 0.3, 154)],
+)
+def test_default_max_predictions(make_split, sequence_length: int, share: float, expected: int) -> None:
     split, _ = make_split(2, 2, 2)
-    assert PretrainingInstances(split, sequence_length, seed=0).max_predictions == expected
+    instances = PretrainingInstances(split, sequence_length, seed=0, masked_lm_prob=share)
+    assert instances.max_predictions == expected
+
+
+def test_the_share_asked_for_is_predicted(make_split) -> None:
+    split, _ = make_split(200, 30, 20)
+    instances = PretrainingInstances(split, 128, seed=0, masked_lm_prob=0.4)
+    batch = instances.batch(0, np.arange(300))
+    assert len(batch["masked_labels"]) == np.rint(0.4 * batch["lengths"]).sum()
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ class PretrainingInstances:
        instead a run of sentences from a random place of a random other document (ten tries to find another), and
        those of the cut B are put back for the next instance.
     3. While A and B have more than L - 3 tokens, the longer one loses a token, front or back with equal chance.
-    4. ``[CLS] A [SEP] B [SEP]``; min(max_predictions, max(1, round(0.15 * length))) tokens of A and B are predicted:
-       80% of them are shown as [MASK], 10% as they are, 10% as a word piece uniform over the vocabulary.
+    4. ``[CLS] A [SEP] B [SEP]``; min(max_predictions, max(1, round(masked_lm_prob * length))) tokens of A and B are
+       predicted: 80% of them are shown as [MASK], 10% as they are, 10% as a word piece uniform over the vocabulary.
 
     Where the published program writes ten differently masked copies to disk, every epoch here has its own packing,
     pairs and masks. `largebatch.data.reference_instances` is the same, one token at a time.
@@ -48,7 +48,7 @@ class PretrainingInstances:
         corpus_split: from `Corpus.split`.
         sequence_length: L; sequences are padded at the end to this length.
         seed: of all random choices.
-        max_predictions: per instance; None is 20 at length 128 and round(0.15 * L) otherwise.
+        max_predictions: per instance; None is round(masked_lm_prob * L), at length 128 at least 20.
         masked_lm_prob: share of the tokens to predict.
         short_sequence_prob: share of the documents packed to a shorter target.
         whole_word_masking: predict all pieces of a word or none.
@@ -73,13 +73,13 @@ class PretrainingInstances:
     ) -> None:
         if not 5 <= sequence_length <= 65535:
             raise ValueError(f"sequence_length must lie in [5, 65535], got {sequence_length}")
-        if max_predictions is None:
-            max_predictions = 20 if sequence_length == 128 else max(1, round(0.15 * sequence_length))
-        if max_predictions < 1:
-            raise ValueError(f"max_predictions must be at least 1, got {max_predictions}")
         for name, value in (("masked_lm_prob", masked_lm_prob), ("short_sequence_prob", short_sequence_prob)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        if max_predictions is None:
+            max_predictions = max(20 if sequence_length == 128 else 1, round(masked_lm_prob * sequence_length))
+        if max_predictions < 1:
+            raise ValueError(f"max_predictions must be at least 1, got {max_predictions}")
         if not corpus_split.num_sentences:
             raise UserError(f"the corpus split {corpus_split.name!r} is empty: no instance can be made of it")
         self.split = corpus_split
