@@ -76,6 +76,51 @@ def test_read_ahead_or_not_the_batches_are_the_same(
     assert crossed
 
 
+def test_the_evaluation_is_of_the_whole_split(corpus: Path) -> None:
+    """Two kinds of text stand one after the other in a split: the first rows are of one kind."""
+    work = workload(corpus, 24, 24)
+    work._heldout = work._train
+    num = work._train[0].num_instances(0)
+    everything = work._train[0].batch(0, np.arange(num))["input_ids"]
+    row_of = {row.tobytes(): number for number, row in enumerate(everything)}
+
+    def evaluated(count: int) -> list[int]:
+        data = dataclasses.replace(work.config.data, evaluation_sequences=count)
+        work.config = dataclasses.replace(work.config, data=data)
+        rows = [row for batch in work._heldout_batches(0) for row in batch["input_ids"].numpy().astype(np.int32)]
+        return [row_of[row.tobytes()] for row in rows]
+
+    chosen = evaluated(100)
+    assert chosen == evaluated(100) == sorted(set(chosen))
+    assert len(chosen) == 100 < num / 4
+    # The mean of rows uniform over the split, six standard deviations.
+    assert abs(np.mean(chosen) - num / 2) < 6 * num / np.sqrt(12 * 100)
+    assert evaluated(10**6) == list(range(num))
+
+
+@pytest.mark.parametrize(
+    ("share", "cap", "num_masked", "note"),
+    [
+        (0.15, None, 10, None),
+        (0.4, None, 26, None),
+        (0.15, 9, 9, None),
+        (0.4, 10, 10, "at most 10 of 64 tokens are predicted in stage seq64, by its max_predictions, not the 40% of"),
+    ],
+)
+def test_the_probe_predicts_as_many_tokens_as_a_batch_can(
+    corpus: Path, share: float, cap: int | None, num_masked: int, note: str | None
+) -> None:
+    config = workload(corpus, 24, 24).config
+    data = dataclasses.replace(config.data, masked_lm_probability=share)
+    stage = dataclasses.replace(config.stages[0], max_predictions=cap)
+    work = PretrainingWorkload(dataclasses.replace(config, data=data, stages=(stage,)))
+    assert len(work.probe_batch(0, 3)["masked_labels"]) == 3 * num_masked
+    counts = [np.bincount(part["masked_positions"] // 64) for part in next(work.batches(0, None)).micro_batches]
+    assert max(map(max, counts)) == num_masked
+    assert len(work.notes) == (note is not None)
+    assert all(line.startswith(note) for line in work.notes)
+
+
 def test_sequences_are_packed_into_the_fewest_micro_batches_that_are_about_equally_full() -> None:
     assert pack(np.array([4, 4, 4, 4]), 16) == [4]
     assert pack(np.array([4, 4, 4, 4]), 15) == [2, 2]  # not 3 and 1

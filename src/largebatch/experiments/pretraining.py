@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from largebatch.data import Corpus, PretrainingInstances, SampleStream, dropout_keys, unigram_entropy
+from largebatch.data import Corpus, PretrainingInstances, SampleStream, dropout_keys, epoch_order, unigram_entropy
+from largebatch.data.masking import num_to_predict
 from largebatch.errors import UserError
 from largebatch.evaluate.pretraining import evaluate_pretraining
 from largebatch.experiments.config import PretrainingConfig
@@ -29,6 +30,8 @@ from largebatch.train import GlobalBatch, MicroBatch, distributed
 _EVALUATION_MICRO_BATCH = 64
 # Instances are made for so many sequences at once: 13 us each, and 90 in batches of 32 (one Zen 3 core, 2026-11-21).
 _READ_AHEAD = 1024
+# Of the tokens asked for; a stage whose cap allows less gets a note. The usual caps allow all: 20 of 128, 80 of 512.
+_MUCH_LESS = 0.9
 
 
 class PretrainingWorkload:
@@ -75,7 +78,19 @@ class PretrainingWorkload:
             "corpus": self.corpus.identity,
         }
         self.baselines = self._baselines() if holds_out else {}
-        self.notes: list[str] = []
+        share = config.data.masked_lm_probability
+        self.notes = [
+            f"at most {instances.max_predictions} of {instances.sequence_length} tokens are predicted in stage "
+            f"{stage.name}, by its max_predictions, not the {share:.0%} of data.masked_lm_probability"
+            for stage, instances in zip(config.stages, self._train, strict=True)
+            if instances.max_predictions < _MUCH_LESS * round(share * instances.sequence_length)
+        ]
+
+    def _num_masked(self, stage: int) -> int:
+        """How many tokens of a sequence without padding are predicted."""
+        instances = self._train[stage]
+        lengths = np.array([instances.sequence_length])
+        return int(num_to_predict(lengths, instances.masked_lm_prob, instances.max_predictions)[0])
 
     def _baselines(self) -> dict[str, float]:
         """What a model reaches that sees nothing of its input: the evaluation is to be read beside it."""
@@ -173,8 +188,7 @@ class PretrainingWorkload:
     def probe_batch(self, stage: int, size: int) -> MicroBatch:
         length = self.config.stages[stage].sequence_length
         assert length is not None
-        num_masked = max(1, round(self.config.data.masked_lm_probability * length))
-        masked = (torch.arange(size)[:, None] * length + 1 + torch.arange(num_masked)).reshape(-1)
+        masked = (torch.arange(size)[:, None] * length + 1 + torch.arange(self._num_masked(stage))).reshape(-1)
         return {
             "input_ids": torch.full((size, length), self.bert.vocab_size - 1),
             "token_type_ids": torch.zeros(size, length, dtype=torch.int64),
@@ -196,7 +210,7 @@ class PretrainingWorkload:
             self.bert,
             size,
             length,
-            size * max(1, round(self.config.data.masked_lm_probability * length)),
+            size * self._num_masked(stage),
             device=device.type,
             precision=self.config.precision.replace("auto", "fp32"),
             state_bytes=4 if self.config.optim.name in ("lars", "sgd") else 8,
@@ -212,11 +226,12 @@ class PretrainingWorkload:
         return {"split": "heldout", **figures}
 
     def _heldout_batches(self, stage: int) -> Iterator[MicroBatch]:
-        """The same held-out instances at every evaluation."""
+        """The same held-out instances at every evaluation, spread over the split: its text may be of several kinds."""
         instances = self._heldout[stage]
         assert instances is not None
-        count = min(self.config.data.evaluation_sequences, instances.num_instances(0))
-        for rows in cut(np.arange(count), _EVALUATION_MICRO_BATCH):
+        num = instances.num_instances(0)
+        chosen = epoch_order(instances.seed, 0, num, stop=min(self.config.data.evaluation_sequences, num))
+        for rows in cut(np.sort(chosen), _EVALUATION_MICRO_BATCH):
             yield as_micro_batch(instances.batch(0, rows))
 
     def save_assets(self, run: Path) -> None:
