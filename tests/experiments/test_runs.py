@@ -192,6 +192,15 @@ def test_a_data_set_is_normalised_by_its_own_pixels():
         ClassificationWorkload(small_lenet("data.dataset=cifar10"))
 
 
+def test_images_of_another_size_are_refused(tmp_path: Path):
+    for prefix in ("train", "t10k"):
+        header = b"\0\0\x08\x03" + b"".join(size.to_bytes(4, "big") for size in (2, 32, 30))
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(header + bytes(2 * 32 * 30))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (2).to_bytes(4, "big") + b"\1\2")
+    with pytest.raises(UserError, match=r"train images of 32x30 pixels; lenet reads 28x28"):
+        ClassificationWorkload(small_lenet(f"data.path={tmp_path}"))
+
+
 def test_an_export_leaves_runs_alone(pretrained: Path, tuned: Path, capsys):
     for out in (pretrained, tuned):
         before = (out / "config.json").read_bytes()

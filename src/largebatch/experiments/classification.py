@@ -27,7 +27,7 @@ class ClassificationWorkload:
     """Fulfils `Workload` for a `ClassificationConfig`.
 
     Raises:
-        UserError: the images are missing or damaged, or the model or data set is not known.
+        UserError: the images are missing, damaged or of another size, or the model or data set is not known.
     """
 
     def __init__(self, config: ClassificationConfig) -> None:
@@ -42,6 +42,10 @@ class ClassificationWorkload:
         self._train, self._test = (
             load_idx_dataset(Path(config.data.path), split, mean=mean, std=std) for split in ("train", "test")
         )
+        for split, dataset in (("train", self._train), ("test", self._test)):
+            if dataset.images.shape[-2:] != (28, 28):
+                size = "x".join(map(str, dataset.images.shape[-2:]))
+                raise UserError(f"{config.data.path} holds {split} images of {size} pixels; lenet reads 28x28")
         self.micro_batch_sizes = [stage.micro_batch_size or 0 for stage in config.stages]
         self.details = {"train_images": len(self._train), "test_images": len(self._test)}
         self.details |= {"train_data": self._train.identity, "test_data": self._test.identity}
