@@ -1,7 +1,9 @@
 """Arithmetic behind the curves: the running mean must neither mix stages nor hide NaN, and thinning keep spikes."""
 
 import math
+import statistics
 
+import numpy as np
 import pytest
 
 from largebatch.report import series
@@ -60,3 +62,12 @@ def test_quantiles_ignore_what_is_not_finite() -> None:
     values = [NAN, 3, 1, math.inf, 2]
     assert [series.quantile(values, q) for q in (0, 0.5, 1)] == [1, 2, 3]
     assert math.isnan(series.quantile([NAN], 0.5))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_quantiles_lie_between_the_values_as_numpy_s_do(count: int) -> None:
+    """The nearest rank made the median of two values one of them."""
+    values = np.random.default_rng(count).lognormal(size=count).tolist()
+    assert series.quantile(values, 0.5) == pytest.approx(statistics.median(values), rel=1e-15)
+    for q in (0, 0.01, 0.2, 0.98, 1):
+        assert series.quantile(values, q) == pytest.approx(np.quantile(values, q), rel=1e-15)

@@ -17,9 +17,13 @@ def isolated(values: Sequence[float]) -> list[int]:
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """The nearest-rank quantile of the finite values; NaN when there are none."""
+    """The quantile of the finite values, linear between two of them; NaN when there are none."""
     ordered = sorted(finite(values))
-    return ordered[round(q * (len(ordered) - 1))] if ordered else NAN
+    if not ordered:
+        return NAN
+    place = q * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low + place % 1 * (high - low)
 
 
 def window(num_steps: int) -> int:
