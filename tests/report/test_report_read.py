@@ -1,8 +1,10 @@
 """Reading run directories: what a report must bear (a run going on, resumed, crashed, of another version) and what it
 must refuse with one line that says what is wrong, where, and what to do."""
 
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +133,26 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folders = [synthetic.write_run(tmp_path / seed / "bert", stages=ONE_STAGE) for seed in ("a", "b")]
     assert [run.name for run in read_runs(folders)] == ["a/bert", "b/bert"]
     assert [run.name for run in read_runs(folders[:1])] == ["bert"]
+
+
+def test_a_name_that_is_not_utf_8_is_spelled_out(tmp_path: Path) -> None:
+    folder = synthetic.write_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), stages=ONE_STAGE)
+    assert read(folder).name == r"caf\xe9"
+
+
+@pytest.mark.parametrize("name", ["config.json", "env.json", "summary.json", "metrics.jsonl"])
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = synthetic.write_run(tmp_path / "bert", stages=ONE_STAGE)
+    read_bytes = Path.read_bytes
+
+    def locked(path: Path) -> bytes:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", locked)
+    with pytest.raises(UserError, match=rf"bert/{name} cannot be read \(Permission denied\)"):
+        read(folder)
 
 
 def spoil(folder: Path, case: str) -> list[Path]:

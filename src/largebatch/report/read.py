@@ -6,6 +6,7 @@ version wrote: unknown events and keys are ignored, and whatever is odd but bear
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +161,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read run directories, in order, and name each so that no two share a name.
 
     Raises:
-        UserError: no path is given, one is no run directory, or a file in it cannot be understood.
+        UserError: no path is given, one is no run directory, or a file in it cannot be read or understood.
     """
     if not paths:
         raise UserError("no run directory is given; name at least one")
@@ -170,11 +171,19 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     depth = 1
     while depth < 8 and len({_tail(folder, depth) for folder in folders}) < len(folders):
         depth += 1
-    return [_read_run(folder, _tail(folder, depth)) for folder in folders]
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(_read_run(folder, _tail(folder, depth)))
+        except OSError as error:
+            raise UserError(f"{error.filename or folder} cannot be read ({error.strerror}); make it readable") from None
+    return runs
 
 
 def _tail(folder: Path, depth: int) -> str:
-    return "/".join(part for part in folder.parts[-depth:] if part != "/")
+    """The last `depth` names of a path; bytes that are not UTF-8 as `\\xff`."""
+    name = "/".join(part for part in folder.parts[-depth:] if part != "/")
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _read_run(folder: Path, name: str) -> Run:
