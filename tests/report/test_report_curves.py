@@ -11,8 +11,9 @@ import pytest
 import synthetic
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from largebatch.report import axes, curves, style
+from largebatch.report import axes, build, curves, style
 from largebatch.report.read import Run, read_runs
 
 STAGE = ("only", 128, 64, 12, 4e-3, 3)
@@ -80,6 +81,44 @@ def test_a_loss_that_is_never_finite_is_said_so(tmp_path: Path, drawn: list[Figu
     assert {"not finite", "unigram entropy 6.930 nat"} <= set(texts(drawn[0]))
     assert "not finite" not in texts(drawn[1])
     assert entries(drawn[1]) == ["never (not finite)", "always"]
+
+
+def test_a_run_has_one_colour_in_all_figures(tmp_path: Path, drawn: list[Figure]) -> None:
+    """The first run's steps are lost: it has final figures and no curve, and the others' curves keep their colours."""
+    for name in "abc":
+        synthetic.write_run(tmp_path / name, stages=(STAGE,), layers=["fc.weight"])
+    log = tmp_path / "a" / "metrics.jsonl"
+    log.write_text("\n".join(line for line in log.read_text().splitlines() if '"event": "step"' not in line))
+    build.build(read_runs([tmp_path / name for name in "abc"]))
+    final, curve, *_ = drawn
+    dots = [line for line in final.axes[0].lines if line.get_marker() == "o"]
+    colours = dict(
+        zip([label.get_text() for label in final.axes[0].get_yticklabels()], map(Line2D.get_color, dots), strict=True)
+    )
+    assert set(colours) == {*"abc"}
+    assert len({*colours.values()}) == 3
+    lines = [line.get_color() for line in curve.legends[0].legend_handles]
+    assert dict(zip(entries(curve), lines, strict=True)) == {name: colours[name] for name in "bc"}
+
+
+def test_a_run_without_a_final_figure_keeps_its_row(tmp_path: Path, drawn: list[Figure]) -> None:
+    """At the edge, where nothing but the axis makes room for it."""
+    runs = [make(tmp_path / name, {1}) for name in "abc"]
+    runs[2].summary["evaluation"] = {"num_sequences": 8}
+    curves.final_scores(runs, "final")
+    for ax in drawn[0].axes:
+        assert ax.get_ylim() == (2.5, -0.5)
+        assert [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"] == [0, 1]
+
+
+@pytest.mark.parametrize("baseline", [math.nan, math.inf])
+def test_a_baseline_that_is_not_finite_is_no_line(tmp_path: Path, drawn: list[Figure], baseline: float) -> None:
+    runs = [make(tmp_path / name, {1}, baselines={"unigram_mlm_loss": baseline}) for name in "ab"]
+    curves.final_scores(runs, "final")
+    curves.curve(runs, "mlm_loss", "loss")
+    for figure in drawn:
+        figure.draw_without_rendering()
+        assert not any("unigram" in text.get_text() for ax in figure.axes for text in ax.texts)
 
 
 def test_many_long_names_leave_room_for_the_curves(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -102,6 +102,14 @@ def test_quantities_are_written_with_their_unit(key: str, value: float, text: st
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [(1234.0, "1,234"), (0.123456, "0.1235"), (12345.6, "12,346"), (math.nan, "not finite"), (-math.inf, "not finite")],
+)
+def test_numbers_without_a_unit_are_short(value: float, text: str) -> None:
+    assert quantities.compact(value) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"), [(0.5, "0.5 s"), (178.4, "2 min 58 s"), (3600, "1 h 0 min"), (200_000, "2 days 7 h")]
 )
 def test_durations_read_well(seconds: float, text: str) -> None:

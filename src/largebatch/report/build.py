@@ -59,12 +59,14 @@ def _summary(runs: Sequence[Run]) -> Section:
 
 def _training(runs: Sequence[Run], prefix: str, *, described: bool) -> list[Block]:
     blocks: list[Block] = []
+    # A run's place gives it its colour: those without curves come last.
+    placed = sorted(runs, key=lambda run: not run.steps["step"])
     if len(runs) > 1:
         blocks += [tables.comparison_table(runs)] if described else []
-        final = curves.final_scores(runs, f"{prefix}final")
+        final = curves.final_scores(placed, f"{prefix}final")
         blocks += [final] if final else []
     blocks.append(tables.stages_table(runs))
-    blocks += _pictures([run for run in runs if run.steps["step"]], prefix)
+    blocks += _pictures([run for run in placed if run.steps["step"]], prefix)
     for table in (tables.evaluation_table(runs), tables.baselines_table(runs)):
         blocks += [table] if table.rows else []
     return blocks

@@ -132,16 +132,16 @@ def final_scores(runs: Sequence[Run], name: str) -> style.Picture | None:
             if math.isfinite(value):
                 ax.plot(value * what.scale, row, "o", color=axes.look(row)["color"], markersize=4)
                 axes.note(ax, what.text(value), value * what.scale, row, (6, 0), va="center")
-        for label, value in sorted({b for run in runs for b in baselines(run, key)}):
+        for label, value in sorted({b for run in runs for b in baselines(run, key) if math.isfinite(b[1])}):
             ax.axvline(value * what.scale, color=style.INK, linewidth=0.8, linestyle=(0, (5, 2)))
             axes.note(ax, label, value * what.scale, 1, (0, 2), ("data", "axes fraction"), ha="center")
         ax.set_xlabel(titled(split, what.axis))
-        ax.margins(x=0.45, y=0.12 + 0.3 / len(runs))
+        ax.margins(x=0.45)
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="y", length=0)
         ax.locator_params(axis="x", nbins=4)
     panels[0].set_yticks(range(len(runs)), style.legend_labels([run.name for run in runs]))
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(runs) - 0.5, -0.5)
     return style.picture(figure, name, "Final evaluation of each run.", wide=True)
 
 

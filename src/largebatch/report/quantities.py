@@ -146,6 +146,8 @@ def _compared(run: Run, name: str) -> str | None:
 
 def compact(value: float) -> str:
     """Four significant digits, thousands separated."""
+    if not math.isfinite(value):
+        return "not finite"
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
