@@ -202,6 +202,7 @@ _EVALUATIONS: dict[str, Callable[[dict[str, float], random.Random], dict[str, fl
     "squad": lambda metrics, noise: {
         "exact_match": max(0.0, 30 * (4.6 - metrics["loss"]) / 2.4),
         "f1": max(0.0, 42 * (4.7 - metrics["loss"]) / 2.4),
+        "f1_error": max(0.0, 2 * (4.7 - metrics["loss"]) / 2.4),
         "num_questions": 412,
     },
     "classification": lambda metrics, noise: {

@@ -1,7 +1,10 @@
 """Whole reports, end to end: every shape of run gives a page that stands alone, says what the run directory says, and
 is the same each time; nothing of it leaks into the user's matplotlib."""
 
+import html
 import json
+import math
+import os
 import re
 import subprocess
 import sys
@@ -11,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import synthetic
+from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from largebatch.errors import UserError
-from largebatch.report import report, summarize
+from largebatch.report import render, report, summarize
+from largebatch.report.read import read_runs
+from largebatch.report.tables import evaluation_table
 
 # A run with few figures, for what does not depend on their number: a report of it takes a second.
 SMALL = {"stages": [("first", None, 64, 12, 4e-3, 3), ("second", None, 16, 4, 2e-3, 1)], "mfu": False}
@@ -153,11 +159,23 @@ def test_batches_over_each_other_by_samples(tmp_path: Path) -> None:
         ({"resumes": (4, 9)}, "Training was resumed after step 4, 9."),
         ({"diverge_at": -40}, "The loss is not finite in 16 of 16 steps"),
         ({"baselines": {"coin": "heads", "chance_accuracy": 0.1, "best_known": 3}}, "best known"),
+        ({"baselines": {"chance_accuracy": math.nan, "best_known": math.inf}}, "not finite"),
         ({"optimizer": "lamb", "layers": [f"blocks.{i}.fc.weight" for i in range(60)]}, "fc L0–59"),
         ({"optimizer": "lamb", "layers": [f"w{i}" for i in range(90)]}, "w89"),
         ({"config": {"optim": "lamb", "stages": None, "max_grad_norm": None}}, "LAMB"),
     ],
-    ids=["in progress", "no step", "one step", "resumed", "diverged", "baselines", "deep", "many layers", "odd config"],
+    ids=[
+        "in progress",
+        "no step",
+        "one step",
+        "resumed",
+        "diverged",
+        "baselines",
+        "not finite",
+        "deep",
+        "many layers",
+        "odd config",
+    ],
 )
 def test_every_shape_of_run_gives_a_report(tmp_path: Path, changes: dict[str, object], expected: str) -> None:
     folder = synthetic.write_mnist(tmp_path / "run", **{"optimizer": "sgd", "ratios_every": 5, **SMALL, **changes})
@@ -177,6 +195,63 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     assert "</title><script>" in parsed.words
     assert r"_<b>" not in (tmp_path / "out" / "report.md").read_text()
     assert r"\|x\|\*y\*" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__main__.py _a_b_ snake_case_",
+        "~~struck~~ ~a~",
+        "R&D &lt; &amp; <b> `code`",
+        "1. first: 2. second",
+        "12) twelve",
+        "- a - b",
+        "+ a",
+        "## heading ##",
+        "*a* [b](c) | \\_",
+        "6.153 nat, -0.5, #3",
+    ],
+)
+def test_markdown_shows_text_as_it_is(text: str) -> None:
+    shown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    assert shown.render(render._escape(text)) == f"<p>{html.escape(text)}</p>\n"
+    assert f"<td>{html.escape(text)}</td>" in shown.render(f"|a|\n|-|\n|{render._escape(text)}|")
+
+
+def test_figures_are_left_as_they_are() -> None:
+    assert render._escape("6.153 nat (−0.777), -0.5") == "6.153 nat (−0.777), -0.5"
+
+
+def test_text_that_is_not_utf_8_is_spelled_out(tmp_path: Path) -> None:
+    """Bytes in a name are lone surrogates in a string, which a page cannot hold; so are those of a recorded path."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    synthetic.write_mnist(folder, "sgd", **SMALL, config={"data": {"path": os.fsdecode(b"\xff")}})
+    parsed = check(report([folder], tmp_path / "out"))
+    assert r"Training report: caf\xe9" in parsed.words
+    assert r"\udcff" in parsed.words
+
+
+def test_a_single_evaluation_is_shown_whole(tmp_path: Path) -> None:
+    """But for the number of questions, which is no result."""
+    run = synthetic.write_squad(tmp_path / "squad", random_encoder=False, evaluate_every=1000)
+    assert evaluation_table(read_runs([run])).columns == [
+        "Step", "Split", "F1 (%)", "Exact match (%)", "F1, standard error (%)",
+    ]  # fmt: skip
+
+
+def test_a_report_takes_the_earlier_one_s_figures_away(tmp_path: Path) -> None:
+    """Those that the earlier report.md links, and nothing else that may lie there."""
+    out = tmp_path / "out"
+    before = figures(report([synthetic.write_mnist(tmp_path / "a", "lamb", ratios_every=5, **SMALL)], out))
+    own = [out / "figures" / name for name in ("own.png", "own.svg", "loss.pdf")] + [out / "loss.png"]
+    for path in own:
+        path.write_bytes(b"mine")
+    after = report([synthetic.write_mnist(tmp_path / "b", "sgd", **SMALL)], out)
+    assert "trust-ratios" in before - figures(after)
+    assert not list(out.glob("figures/trust*"))
+    assert all(path.read_bytes() == b"mine" for path in own)
+    own[0].unlink()
+    check(after)
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ summarize([Path("runs/bert-tiny")])   # -> the short tables a terminal shows
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Write `report.html`, `report.md` and the figures of one run, or of several side by side.
 
     The page stands alone: figures inside, readable in light and dark, ready to print. The Markdown links the PNGs in
-    `figures/`, which hold an SVG of each figure as well. The same runs give the same bytes.
+    `figures/`, which hold an SVG of each figure as well. The same runs give the same bytes. In the place of an earlier
+    report, the figures that its Markdown links go with it.
 
     Args:
         runs: run directories, of any kinds; runs of one kind are drawn over each other. A run that goes on, was
@@ -33,8 +35,8 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
         The path of `report.html`.
 
     Raises:
-        UserError: a folder that is no run directory, a file in it that cannot be understood, or an `out` that cannot
-            be written.
+        UserError: a folder that is no run directory, a file in it that cannot be read or understood, or an `out` that
+            cannot be written.
     """
     from largebatch.report import build, render, style
 
@@ -50,12 +52,15 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
         if isinstance(block, style.Picture)
         for ending, content in (("png", block.png), ("svg", block.svg.encode()))
     }
-    files["report.md"] = render.to_markdown(title, lead, sections, FIGURES).encode()
-    files["report.html"] = render.to_html(title, lead, sections).encode()
+    files["report.md"] = render.to_markdown(title, lead, sections, FIGURES).encode(errors="backslashreplace")
+    files["report.html"] = render.to_html(title, lead, sections).encode(errors="backslashreplace")
     try:
+        earlier = _linked_figures(out / "report.md")
         (out / FIGURES).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             _write(out / name, content)
+        for name in earlier - set(files):
+            (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error.strerror}; name another folder") from None
     return out / "report.html"
@@ -75,6 +80,13 @@ def summarize(runs: Sequence[Path]) -> list[Table]:
         UserError: as `report`.
     """
     return summary_tables(read_runs(runs))
+
+
+def _linked_figures(page: Path) -> set[str]:
+    """The figures that a report's Markdown links, and their SVGs; none where there is no report."""
+    text = page.read_text(errors="replace") if page.is_file() else ""
+    stems = re.findall(rf"^!\[.*\]\(({FIGURES}/[\w-]+)\.png\)$", text, re.MULTILINE)
+    return {f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")}
 
 
 def _write(path: Path, content: bytes) -> None:

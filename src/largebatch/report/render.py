@@ -177,5 +177,7 @@ def _text(text: str) -> str:
 
 def _escape(text: str) -> str:
     """Text that Markdown shows as it is."""
-    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", text).replace("<", "&lt;").replace(">", "&gt;")
+    text = html.escape(" ".join(text.split()), quote=False)
+    text = re.sub(r"([\\`*~\[\]|])", r"\\\1", text)
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)  # within a word it is no emphasis
+    return re.sub(r"^(\d*)(?=([-+.)]|#+) )", r"\1\\", text)  # a list, a heading

@@ -8,6 +8,7 @@ from typing import Any
 from largebatch.report import series
 from largebatch.report.layers import arrange
 from largebatch.report.quantities import (
+    KNOWN,
     SCORES,
     baselines,
     compact,
@@ -82,7 +83,7 @@ def evaluation_table(runs: Sequence[Run]) -> Table:
     everything = [e.values for run in runs for e in run.evaluations]
     # The size of the split, the same each time, is no result.
     counts = {
-        k for k in {k for v in everything for k in v} if k not in SCORES and len({v.get(k) for v in everything}) == 1
+        k for k in {k for v in everything for k in v} if k not in KNOWN and len({v.get(k) for v in everything}) == 1
     }
     found = {key for values in everything for key in values if key not in counts}
     keys = sorted(found, key=lambda key: (SCORES.index(key) if key in SCORES else len(SCORES), key))
