@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from largebatch import LAMB, param_groups
-from largebatch.optim import CPUOffload, norms, optimizer_in_backward
+from largebatch.optim import CPUOffload, flat_partition, norms, optimizer_in_backward
 
 
 @pytest.mark.parametrize("name", MAKES)
@@ -177,3 +177,6 @@ def test_what_cannot_be_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(norms, "has_replicas", lambda x: True)  # on real ranks in tests/distributed
     with pytest.raises(ValueError, match="DistributedDataParallel does so after the backward pass"):
         optimizer_in_backward(LAMB(model.parameters()))
+    flat = flat_partition(torch.nn.Parameter(torch.ones(4)), {"weight": 4}, start=0)
+    with pytest.raises(ValueError, match="flat partition of several processes"):
+        optimizer_in_backward(LAMB([flat]))

@@ -93,8 +93,8 @@ def optimizer_in_backward(optimizer: Optimizer, *, with_grad_norm: bool = False)
         A handle with ``grad_norm()`` and ``remove()``.
 
     Raises:
-        ValueError: an optimizer that needs all gradients at once, one that is offloaded, or parameters of which other
-            processes hold replicas.
+        ValueError: an optimizer that needs all gradients at once, one that is offloaded, parameters of which other
+            processes hold replicas, or flat partitions of several processes.
 
     Example:
         >>> from largebatch import LAMB, param_groups
@@ -112,6 +112,11 @@ def optimizer_in_backward(optimizer: Optimizer, *, with_grad_norm: bool = False)
     if isinstance(optimizer, CPUOffload):
         raise ValueError("optimizer: a CPUOffload moves all layers at once, and cannot go into the backward pass")
     for member in members_of(optimizer):
+        if norms.has_replicas(member.x) and hasattr(member.x, "_flat_partition"):
+            raise ValueError(
+                "a flat partition of several processes is given its gradient after the backward pass: call "
+                "optimizer.step() without optimizer_in_backward, or shard the model with fully_shard (FSDP2)"
+            )
         if norms.has_replicas(member.x):
             raise ValueError(
                 "several processes hold the same parameters, whose gradients are to be summed before a layer moves; "
