@@ -10,6 +10,7 @@ import pytest
 import largebatch
 from largebatch.cli import main
 from largebatch.experiments.console import RunDisplay, show_table
+from largebatch.train import distributed
 
 ASSETS = Path(largebatch.__file__).parent / "assets"
 
@@ -161,6 +162,62 @@ def test_cuda_that_is_not_there(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     line = failure(capsys, "train", "bert-tiny", "--data", corpus, "--out", tmp_path / "run", "--set", "device=cuda")
     assert "use --set device=cpu" in line
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK is not set; start with torchrun, or unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc' in the environment; it must be a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1' in the environment; it must be a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 with WORLD_SIZE 2; it must be 0 to 1"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"},
+            "MASTER_PORT is 'x' in the environment",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
+            "rank 0 of 2 did not meet the others",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "rank 1 of 2 did not meet the others",
+        ),
+    ],
+)
+def test_a_launcher_that_says_half(corpus, tmp_path, capsys, monkeypatch, launcher, expected):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    settings = ("--set", "device=cpu", "--set", "timeout_s=1")
+    line = failure(capsys, "train", "bert-tiny", "--data", corpus, "--out", tmp_path / "run", *settings)
+    assert expected in line
+
+
+@pytest.mark.parametrize("launcher", [{"WORLD_SIZE": ""}, {"RANK": "abc"}, {"RANK": "1", "WORLD_SIZE": "1"}])
+def test_a_rank_alone_is_the_first(monkeypatch, launcher):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.is_chief()
+    assert distributed.initialize("cpu").type == "cpu"
+    assert distributed.world_size() == 1
+
+
+def test_only_training_runs_on_many_ranks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (("evaluate", tmp_path), ("export", tmp_path), ("train", "--list"), ("plan", "gpt", "512")):
+        assert "runs in one process; leave torchrun out" in failure(capsys, *command)
+    for command in (("train", "bert-tinny"), ("finetune", "squad")):
+        assert "leave torchrun out" not in failure(capsys, *command)
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "bert-tiny" in failure(capsys, "train", "bert-tinny")  # which may be wrong on this rank alone
+    assert waits == [5.0]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "bert, resnet50" in failure(capsys, "plan", "gpt", "512").replace("'", "")
 
 
 def test_names_with_brackets_are_printed_as_they_are(capsys, monkeypatch):

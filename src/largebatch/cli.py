@@ -22,9 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         threads.restart_to_wait_briefly()
         threads.fit_threads_to_quota()
+    one_of_many = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1"
     try:
+        if one_of_many and (command not in (_train, _finetune) or getattr(options, "list", False)):
+            raise UserError("this command runs in one process; leave torchrun out")
         return command(options)
     except UserError as error:
+        if one_of_many:
+            from largebatch.train.distributed import let_first_rank_speak
+
+            let_first_rank_speak()
         print(f"largebatch: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has gone, as `head` does

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import small_training
 import torch
@@ -70,6 +71,16 @@ def refused() -> str:
     return ""
 
 
+def refused_machines(rank: int) -> str:
+    """The hybrid on machines of two, one and one ranks, each of which divides four."""
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="2211"[rank]):
+        try:
+            small_training.engine("hsdp")
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
 def whole(x: Any) -> Any:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
@@ -103,6 +114,7 @@ def body(rank: int) -> dict[str, Any]:
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size() // 2)  # two machines
     results = {case: train(**settings) for case, settings in CASES.items()}
     results["refused"] = refused()
+    results["refused machines"] = refused_machines(rank)
     results["after loading"] = {str(offloaded): after_loading(offloaded) for offloaded in (False, True)}
     results["tensor parallel"] = tensor_parallel(with_fsdp=False)
     results["tensor parallel and fsdp"] = tensor_parallel(with_fsdp=True)

@@ -19,12 +19,12 @@ from whole_runs import metrics, settings
 
 from largebatch.train.distributed.ranks import _store_of_this_start as store_of_this_start
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def launch(out: Path, chosen: list[str]) -> subprocess.Popen:
+def launch(out: Path, chosen: list[str], restarts: int = 1) -> subprocess.Popen:
     """Start a run on two ranks in a session of its own, with its output in files beside it."""
-    arguments = ["-m", "largebatch", "train", "bert-tiny", "--resume", "--out", str(out)]
+    arguments = [f"--max-restarts={restarts}", "-m", "largebatch", "train", "bert-tiny", "--resume", "--out", str(out)]
     for setting in chosen:
         arguments += ["--set", setting]
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
@@ -84,6 +84,20 @@ def test_a_lost_rank_costs_the_steps_since_the_checkpoint(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert "step 50/50" in out.with_suffix(".out").read_text()  # the first rank prints, and it alone
     assert out.with_suffix(".out").read_text().count("step 50/50") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"), [("optim.lrr=1", "the nearest is optim.lr"), ("optim.lr=1e30", "training diverged")]
+)
+def test_what_ends_all_ranks_is_printed_once(corpus: Path, tmp_path: Path, setting: str, expected: str) -> None:
+    """By the machine's first, before torchrun hears of another that has ended and ends this one."""
+    out = tmp_path / "run"
+    cut = ["stages.0.micro_batch_size=8", "stages.1.micro_batch_size=4"]
+    with launch(out, settings(corpus, *cut, setting), restarts=0) as process:
+        assert process.wait(timeout=100) == 1
+    said = [line for line in out.with_suffix(".err").read_text().splitlines() if line.startswith("largebatch: ")]
+    assert len(said) == 1
+    assert expected in said[0]
 
 
 def test_a_start_is_told_from_the_starts_before_it() -> None:

@@ -85,6 +85,11 @@ def test_the_optimizer_in_the_backward_pass_of_shards(ranks: Any, alone: Any, sh
     assert all("fully_shard" in result["refused"] for result in ranks)
 
 
+def test_the_hybrid_is_refused_on_unequal_machines(ranks: Any) -> None:
+    """By all ranks, of which each sees a number that would do; meshes of two kinds wait for each other for ever."""
+    assert all("1 to 2 of 4 ranks on a machine" in result["refused machines"] for result in ranks)
+
+
 @pytest.mark.parametrize("cut", ["", ", one micro-batch"])
 def test_one_reduction_of_gradients_for_each_step(ranks: Any, cut: str) -> None:
     """Besides the sums of counts and of metrics: gradients once, and under FSDP2 one norm to clip by, one of layers."""

@@ -98,6 +98,7 @@ def execute(config: RunConfig, out: Path, *, resume: bool = False, threads: int 
             print(f"largebatch: {stop}", file=sys.stderr)
         return 130
     except TrainingDiverged as error:
+        distributed.let_first_rank_speak()
         print(f"largebatch: {error}; its metrics are in {out}", file=sys.stderr)
         return 1
     if distributed.is_chief():

@@ -25,7 +25,7 @@ def profile(options: argparse.Namespace) -> int:
     """Train some steps, the first two uncounted, tell where their time goes, and write a trace of the last one.
 
     Raises:
-        UserError: no such stage, no folder to write to, too many steps, or many ranks.
+        UserError: no such stage, no folder to write to, or too many steps.
     """
     config = configure(options)
     out = options.out or Path("profiles") / options.recipe
@@ -35,9 +35,7 @@ def profile(options: argparse.Namespace) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     settings = allocator.keep_freed_memory()
-    device = distributed.initialize(config.device, config.timeout_s)
-    if distributed.world_size() > 1:
-        raise UserError("profile runs in one process; leave torchrun out")
+    device = distributed.choose_device(config.device)
     config, _, engine = prepare_engine(config, device, print, only=options.stage)
     engine.breakdown = True
     engine.progress.stage = options.stage

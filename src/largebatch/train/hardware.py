@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from largebatch.train import distributed
+
 
 def describe(device: torch.device, allocator: str) -> dict[str, Any]:
     """Software, hardware and settings, for `env.json`."""
@@ -25,7 +27,7 @@ def describe(device: torch.device, allocator: str) -> dict[str, Any]:
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "gpu_memory_bytes": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": distributed.world_size(),
         "allocator": allocator,
         "git_commit": _git_commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

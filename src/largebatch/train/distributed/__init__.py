@@ -6,10 +6,12 @@ One process is the degenerate case, with no communication. With `optim/norms.py`
 
 from .ranks import (
     barrier,
+    choose_device,
     finalize,
     initialize,
     is_chief,
     largest,
+    let_first_rank_speak,
     of_chief,
     rank,
     sum_over_ranks,
@@ -21,10 +23,12 @@ from .storage import read_tensors, stored_tensors, write_tensors
 __all__ = [
     "Replicas",
     "barrier",
+    "choose_device",
     "finalize",
     "initialize",
     "is_chief",
     "largest",
+    "let_first_rank_speak",
     "of_chief",
     "rank",
     "read_tensors",

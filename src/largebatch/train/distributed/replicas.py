@@ -1,6 +1,5 @@
 """The model on many ranks: whole on each, or cut over them; its gradients summed once a step."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from largebatch.errors import UserError
 
-from .ranks import world_size
+from .ranks import exported, largest, world_size
 
 SHARDINGS = ("ddp", "fsdp", "hsdp")
 COMPRESSIONS = ("none", "bf16")
@@ -38,11 +37,9 @@ def shard(model: nn.Module, sharding: str, compression: str = "none") -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if sharding == "hsdp" else world_size()
-    if world_size() % ranks:
-        raise UserError(f"sharding=hsdp with {ranks} of {world_size()} ranks here: every machine must have as many")
-    device_type = next(model.parameters()).device.type
-    mesh = init_device_mesh(device_type, (world_size() // ranks, ranks), mesh_dim_names=("replicate", "shard"))
+    device = next(model.parameters()).device
+    ranks = _ranks_of_a_machine(device) if sharding == "hsdp" else world_size()
+    mesh = init_device_mesh(device.type, (world_size() // ranks, ranks), mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compression == "bf16" else None)
     mesh = mesh if ranks < world_size() else mesh["shard"]
     for part in reversed(list(model.modules())):  # the inner ones first
@@ -50,6 +47,17 @@ def shard(model: nn.Module, sharding: str, compression: str = "none") -> None:
             for unit in part:
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def _ranks_of_a_machine(device: torch.device) -> int:
+    here = exported("LOCAL_WORLD_SIZE", world_size())
+    most, least = largest(here, device), -largest(-here, device)
+    if most != least or world_size() % here:
+        raise UserError(
+            f"sharding=hsdp with {least:.0f} to {most:.0f} of {world_size()} ranks on a machine: every machine must "
+            "have as many; start as many on each, or use sharding=fsdp"
+        )
+    return here
 
 
 class Replicas:
