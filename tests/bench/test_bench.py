@@ -88,6 +88,32 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["optim", "--out", "{tmp}"], "--out {tmp} is a folder; name a file in it"),
+        (["bert", "--out", "{tmp}/file/x.json"], "--out {tmp}/file/x.json: {tmp}/file is no folder; name another"),
+        (["optim", "--plot", "{tmp}/plot"], "--plot {tmp}/plot: a PNG is drawn; give it a name that ends in .png"),
+        (["optim", "--plot", "{tmp}/plot.bmpx"], "--plot {tmp}/plot.bmpx: a PNG is drawn"),
+        (["optim", "--plot", "{tmp}/file/plot.png"], "{tmp}/file is no folder"),
+        (["bert", "tiny", "bert-mini"], "unknown BERT size 'bert-mini'; known are tiny, mini"),
+        (["data", "huge"], "unknown BERT size 'huge'"),
+        (["data", "--google", "{tmp}"], "{tmp}: no such file"),
+    ],
+)
+def test_what_would_lose_the_figures_is_refused_before_they_are_measured(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for measured in ("optim.bench_optim", "bert.bench_bert", "data.bench_data"):
+        monkeypatch.setattr(f"largebatch.bench.{measured}", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    assert main(["bench", *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
+    captured = capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in captured
+    assert captured.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--micro-batch", "0"], "argument --micro-batch: '0' is not a whole number of at least 1"),
         (["--sequences", "0"], "argument --sequences: '0'"),
         (["--threads", "-1"], "argument --threads: '-1'"),

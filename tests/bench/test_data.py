@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import largebatch
-from largebatch.bench import loader, memory
+from largebatch.bench import data, loader, memory
 from largebatch.cli import main
 from largebatch.data import prepare
 from largebatch.errors import UserError
@@ -89,6 +89,16 @@ def test_shares_are_of_the_step_and_both_sides_see_the_same_batches(
     assert row["step_ms"] == pytest.approx(1000)
     assert seen[0] == seen[1]
     assert len(seen[0]) == 30  # one turn of ten to warm up
+
+
+def test_an_interpreter_that_does_not_run_is_one_line(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is found before anything is measured."""
+    monkeypatch.setattr(data, "_preparing", lambda *_: pytest.fail("too late"))
+    for python in (corpus / "text.txt", corpus):
+        with pytest.raises(
+            UserError, match=rf"{python} -m official\..*: failed: Permission denied; it needs tensorflow"
+        ):
+            data.bench_data(corpus / "text.txt", google=python, say=lambda line: None)
 
 
 PREPARE = """

@@ -1,8 +1,10 @@
 """The body of `largebatch bench`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,11 @@ def bench(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine or this build of PyTorch has no GPU; leave it out for the CPU")
+    for option, path in (("--out", options.out), ("--plot", options.plot)):
+        if path is not None:
+            _check_file(option, path)
+    if options.plot is not None and options.plot.suffix.lower() != ".png":
+        raise UserError(f"--plot {options.plot}: a PNG is drawn; give it a name that ends in .png")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     rows = {"optim": _optim, "bert": _bert, "data": _data}[options.what](options, device)
@@ -31,6 +38,27 @@ def bench(options: argparse.Namespace) -> int:
         optim.plot(rows, options.plot)
         print(f"plot: {options.plot}")
     return 0
+
+
+def _check_file(option: str, path: Path) -> None:
+    """Refuse a file that could not be written once all is measured; nothing is made yet."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; name a file in it")
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if nearest != path and not nearest.is_dir():
+        raise UserError(f"{option} {path}: {nearest} is no folder; name another file")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{option} {path}: there is no permission to write to {nearest}; name another file")
+
+
+def _berts(options: argparse.Namespace) -> list[str]:
+    """The sizes to measure, each of which is known."""
+    from largebatch.models import BertConfig
+
+    sizes: list[str] = options.models or ["tiny", "mini"]
+    for size in sizes:
+        BertConfig.named(size)
+    return sizes
 
 
 def _say(line: str) -> None:
@@ -77,7 +105,7 @@ def _bert(options: argparse.Namespace, device: torch.device) -> Rows:
 
     from .bert import bench_bert
 
-    lengths, config = options.lengths or [128], BertConfig()
+    sizes, lengths, config = _berts(options), options.lengths or [128], BertConfig()
     for length in lengths:
         if not 5 <= length <= config.max_position_embeddings:
             raise UserError(f"--lengths {length}: the models take 5 to {config.max_position_embeddings} tokens")
@@ -88,7 +116,7 @@ def _bert(options: argparse.Namespace, device: torch.device) -> Rows:
             f"{config.vocab_size:,}; prepare the text with --vocab-size {config.vocab_size} or less"
         )
     rows = bench_bert(
-        options.models or ["tiny", "mini"], lengths, device, rounds=options.rounds or 10,
+        sizes, lengths, device, rounds=options.rounds or 10,
         sequences=options.sequences, micro_batch=options.micro_batch, corpus=corpus,
         peer_bf16=options.peer_bf16, say=_say,
     )  # fmt: skip
@@ -115,10 +143,10 @@ def _data(options: argparse.Namespace, device: torch.device) -> Rows:
     from .data import bench_data
 
     for path in (options.text, options.vocab, options.google):
-        if path is not None and not path.exists():
+        if path is not None and not path.is_file():
             raise UserError(f"{path}: no such file")
     rows = bench_data(
-        options.text, options.vocab, repeats=options.rounds or 3, sizes=options.models or ["tiny", "mini"],
+        options.text, options.vocab, repeats=options.rounds or 3, sizes=_berts(options),
         grow_to=options.grow_to * 1_000_000, google=options.google, say=_say,
     )  # fmt: skip
     tables: dict[str, Rows] = {}

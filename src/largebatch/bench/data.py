@@ -33,11 +33,11 @@ def bench_data(
 ) -> Rows:
     """Measure the way from text to the training loop.
 
-    1. Preparing (reading, sentences, word pieces, duplicates, shards, checksums, report) on all cores, in turns with
+    1. Google's script from text to instances, if it is at hand: first, as an interpreter may lack what it needs.
+    2. Preparing (reading, sentences, word pieces, duplicates, shards, checksums, report) on all cores, in turns with
        `encode_batch` of `tokenizers`, which uses all cores too and does nothing else.
-    2. The memory of preparing.
-    3. Instances of one core, beside a reference that makes them token by token.
-    4. Google's script from text to instances, if it is at hand.
+    3. The memory of preparing.
+    4. Instances of one core, beside a reference that makes them token by token.
     5. Training with the loader beside it, and on batches made beforehand.
 
     Args:
@@ -57,15 +57,16 @@ def bench_data(
         prepare([text], corpus_path, vocab=vocab, vocab_size=8192, progress=False)
         corpus = Corpus.open(corpus_path)
         vocab = vocab or corpus_path / "vocab.txt"
+        rows: Rows = []
+        if google is not None:
+            say("create_pretraining_data.py")
+            rows += bench_google(google, text, vocab)
         say("preparing")
-        rows = _preparing(text, vocab, corpus.manifest.report["tokens"], repeats)
+        rows += _preparing(text, vocab, corpus.manifest.report["tokens"], repeats)
         say("its memory")
         rows.append(prepare_memory(text, vocab, grow_to))
         say("instances")
         rows += [bench_instances(corpus, length, whole, repeats) for length in (128, 512) for whole in (False, True)]
-        if google is not None:
-            say("create_pretraining_data.py")
-            rows += bench_google(google, text, vocab)
         for size in sizes:
             say(f"training bert-{size}")
             rows.append(bench_loader(corpus_path, size))

@@ -85,15 +85,19 @@ def _google(python: Path, sentences: Path, vocab: Path) -> float:
         "dupe_factor": _EPOCHS,
     }
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [str(python), "-m", _MODULE, *(f"--{name}={value}" for name, value in options.items())],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no word of it"])[-1]
-        raise UserError(f"{python} -m {_MODULE}: failed: {why}; it needs tensorflow, tf-keras and tf-models-official")
+    try:
+        subprocess.run(
+            [str(python), "-m", _MODULE, *(f"--{name}={value}" for name, value in options.items())],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""},
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        told = error.strerror if isinstance(error, OSError) else error.stderr
+        why = (told.strip().splitlines() or ["no word of it"])[-1]
+        raise UserError(
+            f"{python} -m {_MODULE}: failed: {why}; it needs tensorflow, tf-keras and tf-models-official"
+        ) from None
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
