@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ def describe(device: torch.device, allocator: str) -> dict[str, Any]:
         "world_size": distributed.world_size(),
         "allocator": allocator,
         "git_commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -68,6 +69,13 @@ def available_memory_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return _memory_bytes() // 2
+
+
+def _command() -> str:
+    """The command line in the shell's words; what `python -m` and torchrun start goes by its package's name."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def _memory_bytes() -> int:
