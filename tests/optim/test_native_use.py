@@ -17,6 +17,7 @@ import pytest
 import torch
 from optim_cases import build, give_gradients, largest_difference, layers, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from largebatch import LAMB, LARS, NNLAMB, compiled
@@ -151,6 +152,29 @@ def leave_out_one(optimizer: LAMB, x: Tensor) -> None:
     optimizer.step()
 
 
+def share_state(optimizer: LAMB, x: Tensor) -> None:
+    optimizer.state[x]["exp_avg"].share_memory_()
+
+
+def share_step(optimizer: LAMB, x: Tensor) -> None:
+    optimizer.state[x]["step"].share_memory_()
+
+
+def swap_data_of_state(optimizer: LAMB, x: Tensor) -> None:
+    for value in optimizer.state[x].values():
+        value.data = value.data.clone()
+
+
+def transpose(optimizer: LAMB, x: Tensor) -> None:
+    """The address stays."""
+    square = torch.arange(16.0).view(4, 4).requires_grad_()
+    square.grad = torch.ones(4, 4)
+    optimizer.add_param_group({"params": [square]})
+    optimizer.step()
+    square.data = square.data.t()
+    square.grad = torch.ones(4, 4)
+
+
 @pytest.fixture(params=[True, False])
 def _located(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's own description of tensors, and as if this version had none."""
@@ -161,17 +185,25 @@ def _located(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("_located")
-@pytest.mark.parametrize("change", [swap_data, swap_state, swap_step, reload, grow, leave_out_one])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(swap_data, swap_state, swap_step, reload, grow, leave_out_one),
+        *(share_state, share_step, swap_data_of_state, transpose),
+    ],
+)
 def test_tensors_that_are_exchanged_between_steps_are_seen(change: Callable[[LAMB, Tensor], None]) -> None:
-    moved = []
+    moved, states = [], []
     for backend in ("native", "reference"):
         params = layers(torch.float32)
         optimizer = LAMB(params, lr=1e-2, backend=backend)
         run(optimizer, params, 2)
         change(optimizer, params[0])
         run(optimizer, params, 2, first=2)
-        moved.append(params)
+        moved.append([x for group in optimizer.param_groups for x in group["params"]])
+        states.append([value for x in moved[-1] for value in optimizer.state[x].values()])
     assert largest_difference(*moved) < CLOSE
+    assert largest_difference(*states) < CLOSE
 
 
 @pytest.mark.usefixtures("_located")
@@ -218,16 +250,88 @@ def test_addresses_are_given_only_where_all_is_as_expected() -> None:
         pytest.skip("this version of torch does not describe tensors in C")
     tensors = [base, base[3:, 1:], base.t(), base[0, 0], base[:0], torch.nn.Parameter(base.half()), base.bfloat16()]
     dtypes, strides = [x.dtype for x in tensors], [x.stride() for x in tensors]
-    expected = native.locate.Layouts(dtypes, strides)
+    expected = native.locate.Layouts(dtypes, [x.shape for x in tensors], strides)
     assert locate(tensors, expected).tolist() == [x.data_ptr() for x in tensors]
-    assert locate([], native.locate.Layouts([], [])).tolist() == []
+    assert locate([], native.locate.Layouts([], [], [])).tolist() == []
     for i, others in {
         0: [base.t(), base.half(), base.double(), base[None], base[0], base.to("meta"), base.to_sparse()],
         3: [base[0], torch.tensor(1)],
-        6: [tensors[5], base[:, :1].bfloat16()],
+        6: [tensors[5], base[:, :1].bfloat16(), base[:5].bfloat16()],
     }.items():
         for other in others:
             assert locate([*tensors[:i], other, *tensors[i + 1 :]], expected) is None
+
+
+@pytest.mark.usefixtures("_located")
+@pytest.mark.parametrize("move", [lambda x: x.share_memory_(), lambda x: setattr(x, "data", x.data.clone())])
+def test_weights_that_move_away_from_their_master_are_seen(move: Callable[[Tensor], object]) -> None:
+    x = torch.ones(64, dtype=torch.bfloat16).requires_grad_()
+    optimizer = LAMB([x], lr=0.1, master_weights=True, backend="native")
+    x.grad = torch.ones_like(x)
+    optimizer.step()
+    move(x)
+    optimizer.step()
+    assert torch.equal(x, optimizer.state[x]["master_param"].bfloat16())
+
+
+@pytest.mark.usefixtures("_located")
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda x, _: setattr(x, "data", torch.cat([x.data, x.data])), "state"),
+        (lambda x, _: setattr(x, "data", x.data[:2]), "state"),
+        (lambda _, state: state.update(exp_avg=torch.zeros(5, 3)), "state"),
+        (lambda x, state: [state.clear(), setattr(x, "data", x.data[:2])], "gradient"),
+    ],
+)
+def test_what_belongs_to_another_shape_is_refused(change: Callable[[Tensor, dict], object], what: str) -> None:
+    x = torch.ones(4, 3).requires_grad_()
+    x.grad = torch.ones(4, 3)
+    optimizer = LAMB([x], backend="native")
+    optimizer.step()
+    change(x, optimizer.state[x])
+    with pytest.raises(ValueError, match=rf"the {what} of parameter 0 has the shape \[\d, 3\], and the parameter"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+def test_a_gradient_that_is_only_marked_negative_is_read_as_such(backend: str) -> None:
+    a, b = (torch.tensor(0.5).requires_grad_() for _ in range(2))
+    optimizer = LAMB([b], lr=0.1, backend=backend)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = ((torch.complex(a, b).conj() * (1 + 2j)) - (3 + 1j)).abs().square()
+        loss.backward()
+        assert b.grad is not None
+        assert b.grad.is_neg()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_the_default_device_and_dtype_are_not_used() -> None:
+    moved = []
+    for device, dtype in (("cpu", torch.float32), ("meta", torch.bfloat16)):
+        params = layers(torch.float32)
+        give_gradients(params, 0)
+        optimizer = LAMB(params, lr=1e-2, backend="native", state_dtype=torch.bfloat16)
+        try:
+            torch.set_default_device(device)
+            torch.set_default_dtype(dtype)
+            optimizer.step()
+        finally:
+            torch.set_default_device("cpu")
+            torch.set_default_dtype(torch.float32)
+        moved.append(params)
+    assert same_bits(*moved)
+
+
+def test_tensors_without_memory_are_left_to_others() -> None:
+    with FakeTensorMode():
+        assert LAMB([torch.nn.Parameter(torch.ones(3))]).backend == "foreach"
+        with pytest.raises(ValueError, match="one is of a FakeTensorMode"):
+            LAMB([torch.nn.Parameter(torch.ones(3))], backend="native")
 
 
 def test_gradients_are_not_kept() -> None:

@@ -30,6 +30,13 @@ def check_phi(phi: Any) -> None:
     check("phi", phi, phi is None or callable(phi) or is_interval(phi), "None, a pair (low, high), or a callable")
 
 
+def check_shape(what: str, name: str | int, tensor: Tensor, x: Tensor) -> None:
+    """Refuse what belongs to a parameter of another shape, as after a change of the model."""
+    if tensor.shape != x.shape:
+        shapes = list(tensor.shape), list(x.shape)
+        raise ValueError(f"the {what} of parameter {name!r} has the shape {shapes[0]}, and the parameter {shapes[1]}")
+
+
 def check_dense(grads: Iterable[Tensor | None]) -> None:
     """Refuse sparse gradients."""
     if any(g is not None and g.is_sparse for g in grads):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 from .backends import Backend, Layer, Layers, Scaling
+from .checks import check_shape
 from .norms import total_dtype
 from .precision import compute_dtype
 
@@ -184,13 +185,16 @@ class Triton(Backend):
             part.rows, part.num_chunks, part.tasks, part.of_graph = [], [], None, False
         if num_chunks != part.num_chunks:  # seldom; addresses change wherever gradients are made anew
             chunks = [i for i, number in enumerate(num_chunks) for _ in range(number)]
-            part.chunks = self._send(torch.tensor(chunks, dtype=torch.int32), device)
+            part.chunks = self._send(torch.tensor(chunks, dtype=torch.int32, device="cpu"), device)
             part.num_chunks, part.tasks, part.of_graph = num_chunks, None, capturing
         if one_launch and part.tasks is None:
             order = tasks(num_chunks, num_programs(device))
-            part.tasks, part.of_graph = self._send(torch.tensor(order, dtype=torch.int32), device), capturing
+            part.tasks, part.of_graph = (
+                self._send(torch.tensor(order, dtype=torch.int32, device="cpu"), device),
+                capturing,
+            )
         if rows != part.rows:
-            part.table = self._send(torch.tensor(rows, dtype=torch.int64), device)
+            part.table = self._send(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
             part.rows, part.of_graph = rows, capturing
             part.aligned = all(address % 16 == 0 for row in rows for address in row[:5])
         if capturing:
@@ -205,7 +209,7 @@ class Triton(Backend):
         table = [numbers_of(layer, scaling) for layer in layers]
         table = [[float(a) if isinstance(a, Tensor) and a.device != device else a for a in row] for row in table]
         if not any(isinstance(a, Tensor) for row in table for a in row):
-            return self._send(torch.tensor(table, dtype=torch.float64), device)
+            return self._send(torch.tensor(table, dtype=torch.float64, device="cpu"), device)
         columns = []
         for column in zip(*table, strict=True):
             runs = [list(run) for _, run in groupby(column, key=lambda a: "tensor" if isinstance(a, Tensor) else a)]
@@ -324,7 +328,11 @@ def aligned(layer: Layer, copies: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         layer: the tensors.
         copies: where to note (original, copy) of those that had to be copied, but for g.
     """
-    tensors = [layer.x, layer.x if layer.rounded is None else layer.rounded, layer.g, *layer.state.values()]
+    tensors = [layer.x, layer.x if layer.rounded is None else layer.rounded, layer.g.resolve_neg()]
+    check_shape("gradient", layer.name, layer.g, layer.x)
+    for a in layer.state.values():
+        check_shape("state", layer.name, a, layer.x)
+        tensors.append(a)
     if all(a.is_contiguous() for a in tensors):
         return tensors
     state = tensors[3]  # by whose order its elements are rounded

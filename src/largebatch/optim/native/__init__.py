@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, Layers, Steps
+from ..checks import check
 from .library import DESCEND, DIRECT, DTYPES, NORMS, RULES, load
-from .locate import Locator
-from .table import Table, addresses
+from .locate import Layouts, Locator, addresses
+from .table import Table
 
 
 class Native(Backend):
@@ -36,27 +37,35 @@ class Native(Backend):
         for x in params:
             if x.device.type != "cpu" or x.layout is not torch.strided:
                 return f"it moves dense parameters on the CPU, and one is {x.layout} on {x.device}"
+            if x.untyped_storage().device.type != "cpu":
+                return "it moves parameters that have memory, and one is of a FakeTensorMode"
             if x.dtype not in DTYPES:
                 return f"it moves float32, bfloat16 and float16 parameters, and one is {x.dtype}"
         return None
 
     def count(self, steps: Steps) -> list[float]:
         if steps.memo is None:
-            steps.memo = addresses(steps.tensors)
-        counts = np.empty(len(steps.memo), np.float32)
-        self.library.largebatch_count(steps.memo.ctypes.data, len(counts), counts.ctypes.data)
+            steps.memo = Layouts.of(steps.tensors)
+        where = self.locate(steps.tensors, steps.memo)
+        if where is None:
+            for step in steps.tensors:
+                is_count = step.dtype is torch.float32 and step.device.type == "cpu" and step.numel() == 1
+                check("step", step, is_count, "a float32 number on the CPU")
+            where = addresses(steps.tensors)
+        counts = np.empty(len(where), np.float32)
+        self.library.largebatch_count(where.ctypes.data, len(counts), counts.ctypes.data)
         times: list[float] = counts.tolist()
         return times
 
     def step(self, rule: str, layers: Layers, norm: str) -> Tensor | None:
         if any(run.ratio is not None and callable(run.ratio.phi) for run in layers.runs):
             return None
-        ratios = torch.empty(len(layers), dtype=torch.float64)
+        ratios = torch.empty(len(layers), dtype=torch.float64, device="cpu")
         self._run(rule, layers, norm, DIRECT | DESCEND, None, ratios)
         return ratios
 
     def direction(self, rule: str, layers: Layers, norm: str) -> tuple[Tensor, None]:
-        measured = torch.empty(2, len(layers), dtype=torch.float64)
+        measured = torch.empty(2, len(layers), dtype=torch.float64, device="cpu")
         self._run(rule, layers, norm, DIRECT, measured, None)
         return measured, None
 

@@ -1,6 +1,6 @@
-"""Where tensors lie, and how, by DLPack's interface in C: one call for all of them, where Python makes three for each.
+"""Where tensors lie, and how, by DLPack's interface in C: one call for all of them, where Python makes four for each.
 
-Versions of torch without it, and tensors that it does not describe, are left to `table.py`'s own way.
+Python makes them where a version of torch is without it.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Strides = tuple[int, ...]
+Sizes = tuple[int, ...]
 
 # DLDataType as one number: code, bits and lanes from the lowest byte on.
 _TYPES = {
@@ -23,12 +23,31 @@ _TYPES = {
 
 
 class Layouts:
-    """The dtypes, among those that the kernel reads, and the strides that tensors are expected to have."""
+    """How tensors are expected to lie: their dtypes, among those that the kernel reads, shapes and strides.
 
-    def __init__(self, dtypes: Sequence[torch.dtype], strides: Sequence[Strides]) -> None:
+    Args:
+        hints: [n, 2], where each tensor and its storage may be found; None if they are others at every step.
+    """
+
+    def __init__(
+        self,
+        dtypes: Sequence[torch.dtype],
+        shapes: Sequence[Sizes],
+        strides: Sequence[Sizes],
+        hints: NDArray[np.uintp] | None = None,
+    ) -> None:
+        self.all = list(zip(dtypes, map(tuple, shapes), strides, strict=True))
         self.types = np.fromiter(map(_TYPES.__getitem__, dtypes), np.uint32, len(dtypes))
         self.ends = np.fromiter(accumulate(map(len, strides)), np.int64, len(strides))
-        self.strides = np.fromiter(chain.from_iterable(strides), np.int64)
+        dimensions = chain.from_iterable(map(zip, shapes, strides))
+        self.sizes = np.fromiter(chain.from_iterable(dimensions), np.int64)
+        self.hints = hints
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Layouts":
+        """Return how these tensors lie, which are the same objects at every step."""
+        hints = np.array([(x._cdata, x.untyped_storage()._cdata) for x in tensors], np.uintp)
+        return cls([x.dtype for x in tensors], [x.shape for x in tensors], [x.stride() for x in tensors], hints)
 
 
 class Locator:
@@ -41,22 +60,27 @@ class Locator:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.describe = _describe()
         # The interpreter's lock is kept: torch's function may raise.
-        prototype = ctypes.PYFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 4)
+        prototype = ctypes.PYFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 5)
         self._locate = prototype(("largebatch_locate", library))
 
     def __call__(self, tensors: Sequence[Tensor], layouts: Layouts) -> NDArray[np.uintp] | None:
         """Return the addresses of tensors on the CPU; None if a layout is another, or it cannot be told."""
-        if self.describe is None:
-            return None
-        objects = np.fromiter(tensors, object, len(tensors))
-        found = np.empty(len(tensors), np.uintp)
-        arrays = (objects, found, layouts.types, layouts.ends, layouts.strides)
-        objects_at, *others = (array.ctypes.data for array in arrays)
         try:
-            are_as_expected = self._locate(self.describe, objects_at, len(objects), *others)
+            if self.describe is None:
+                found = [(x.dtype, tuple(x.shape), x.stride()) for x in tensors if x.device.type == "cpu"]
+                return addresses(tensors) if found == layouts.all else None
+            objects = np.fromiter(tensors, object, len(tensors))
+            where = np.empty(len(tensors), np.uintp)
+            arrays = (objects, where, layouts.types, layouts.ends, layouts.sizes)
+            objects_at, *others = (array.ctypes.data for array in arrays)
+            hints_at = None if layouts.hints is None else layouts.hints.ctypes.data
+            return where if self._locate(self.describe, objects_at, len(objects), *others, hints_at) else None
         except RuntimeError:  # a sparse tensor, for one
             return None
-        return found if are_as_expected else None
+
+
+def addresses(tensors: Sequence[Tensor]) -> NDArray[np.uintp]:
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.uintp, len(tensors))
 
 
 class _Interface(ctypes.Structure):

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backends import Layer, Layers, Run
-from ..checks import check_dense
+from ..checks import check, check_dense, check_shape
 from .library import DTYPES, LAYER, NUMBERS
-from .locate import Layouts, Locator, Strides
+from .locate import Layouts, Locator, Sizes, addresses
 
 Rows = NDArray[np.void]
 
@@ -24,10 +24,14 @@ class Table:
     """The layers of one optimizer and device, as the kernel reads them."""
 
     def __init__(self, layers: Layers, locate: Locator) -> None:
+        for layer in layers:
+            check_owned(layer)
         self.locate = locate
-        self.weights = [layer.x for layer in layers]
-        self.addresses = addresses(self.weights)
-        self.storages = [tensor.untyped_storage() for layer in layers for tensor in owned(layer)]  # kept alive
+        self.shapes = [layer.x.shape for layer in layers]
+        self.owned = [tensor for layer in layers for tensor in owned(layer)]
+        self.addresses = addresses(self.owned)
+        self.owned_layouts = Layouts.of(self.owned)
+        self.storages = [tensor.untyped_storage() for tensor in self.owned]  # kept alive
         self.moved = [tensor for layer in layers for tensor in (layer.x, layer.rounded) if tensor is not None]
         self.irregular = [i for i, layer in enumerate(layers) if not in_one_order(owned(layer))]
         self.orders = [layer.x.stride() for layer in layers]
@@ -36,7 +40,8 @@ class Table:
             self.orders[i] = torch.empty_like(state, device="meta").stride()
         self.strides = list(self.orders)  # of gradients that can be read as they are
         self.dtypes = [layer.x.dtype for layer in layers]
-        self.layouts = Layouts(self.dtypes, self.strides)
+        self.layouts = Layouts(self.dtypes, self.shapes, self.strides)
+        self.singles = [i for i, shape in enumerate(self.shapes) if shape.numel() == 1]
         self.counts: list[int] = []  # of layers that share a row of numbers
         self.rows: Rows = np.zeros(len(layers), LAYER)
         for row, layer in zip(self.rows, layers, strict=True):
@@ -45,11 +50,17 @@ class Table:
         self.rows["g_dtype"] = self.rows["x_dtype"]
 
     def is_current(self) -> bool:
-        """Say whether the weights lie where they did: `Module.to` and its like assign to a tensor's ``data``."""
-        return np.array_equal(addresses(self.weights), self.addresses)
+        """Say whether weights and state lie where and as they did.
+
+        `Module.to` and its like assign to a tensor's ``data``, and a storage that is shared with another process moves.
+        """
+        return np.array_equal(self.locate(self.owned, self.owned_layouts), self.addresses)  # type: ignore[arg-type]
 
     def enter_gradients(self, layers: Layers) -> list[Tensor]:
         """Enter the gradients, and return them: some are copies, which live as long as the list does."""
+        for i in self.singles:  # of a complex number's conjugate, say; only one element passes as an ordinary tensor
+            if layers.grads[i].is_neg():
+                layers.grads[i] = layers.grads[i].resolve_neg()
         found = self.locate(layers.grads, self.layouts)
         if found is not None:
             self.rows["g"] = found
@@ -60,6 +71,8 @@ class Table:
         except RuntimeError:
             check_dense(grads)
             raise
+        for layer, g in zip(layers, grads, strict=True):
+            check_shape("gradient", layer.name, g, layer.x)
         strides, dtypes = list(map(Tensor.stride, grads)), [g.dtype for g in grads]
         if strides != self.strides or dtypes != self.dtypes:
             for i, g in enumerate(grads):
@@ -68,7 +81,7 @@ class Table:
                     where[i] = grads[i].data_ptr()
                     self.rows["g_dtype"][i] = DTYPES[grads[i].dtype]
                     self.strides[i], self.dtypes[i] = grads[i].stride(), grads[i].dtype
-            self.layouts = Layouts(self.dtypes, self.strides)
+            self.layouts = Layouts(self.dtypes, self.shapes, self.strides)
         self.rows["g"] = where
         return grads
 
@@ -102,8 +115,12 @@ def owned(layer: Layer) -> list[Tensor]:
     return tensors if layer.rounded is None else [*tensors, layer.rounded]
 
 
-def addresses(tensors: list[Tensor]) -> NDArray[np.uintp]:
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.uintp, len(tensors))
+def check_owned(layer: Layer) -> None:
+    """Refuse what would have the kernel read and write memory that is not the layer's."""
+    for tensor in owned(layer):
+        check_shape("state", layer.name, tensor, layer.x)
+        is_known = tensor.dtype in DTYPES and tensor.device.type == "cpu"
+        check("state", tensor.dtype, is_known, f"one of {', '.join(map(str, DTYPES))}, on the CPU")
 
 
 def enter(row: Any, tensors: list[Tensor], has_master: bool) -> None:
@@ -118,7 +135,7 @@ def enter(row: Any, tensors: list[Tensor], has_master: bool) -> None:
         row["rounded"], row["rounded_dtype"] = rounded.data_ptr(), DTYPES[rounded.dtype]
 
 
-def walk(shape: torch.Size, strides: Strides) -> list[tuple[int, int]]:
+def walk(shape: torch.Size, strides: Sizes) -> list[tuple[int, int]]:
     """Return stride and size of the dimensions that tell where in memory an element lies."""
     return [(stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1]
 
@@ -135,12 +152,12 @@ def in_one_order(tensors: list[Tensor]) -> bool:
     return all(other == first for other in others)
 
 
-def readable(g: Tensor, order: Strides) -> Tensor:
+def readable(g: Tensor, order: Sizes) -> Tensor:
     """Return a gradient in this order and in a dtype the kernel knows: itself, or a copy."""
     dtype = g.dtype if g.dtype in DTYPES else torch.float32
     if dtype is g.dtype and walk(g.shape, g.stride()) == walk(g.shape, order):
         return g
-    return torch.empty_strided(g.shape, order, dtype=dtype).copy_(g)
+    return g.new_empty_strided(g.shape, order, dtype=dtype).copy_(g)
 
 
 def numbers_of(run: Run) -> dict[str, float]:
