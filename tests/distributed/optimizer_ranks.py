@@ -141,7 +141,7 @@ def flat(name: str) -> dict[str, Any]:
             pieces = torch.cat(everything).split([*sizes.values(), length * world - sum(sizes.values())])
             gathered[key] = dict(zip(sizes, pieces, strict=False))
             padding = pieces[-1]
-            assert key != "params" or name == "layerwise" or bool((padding == 3).all())
+            assert key != "params" or bool((padding == 3).all())
     shapes = {key: x.shape for key, x in model.named_parameters()}
     return {
         "params": {key: x.view(shapes[key]) for key, x in gathered.pop("params").items()},
@@ -153,7 +153,9 @@ def flat(name: str) -> dict[str, Any]:
 def zero_redundancy(name: str) -> dict[str, Any]:
     made, settings = OPTIMIZERS[name]
     model = Layers()
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), made, **settings)
+    names, params = zip(*model.named_parameters(), strict=True)
+    # As `param_groups` makes them: ZeRO leaves each rank some of the parameters, and the names of all.
+    optimizer = ZeroRedundancyOptimizer([{"params": list(params), "param_names": list(names)}], made, **settings)
     for step in range(STEPS):
         for key, x in model.named_parameters():
             x.grad = gradient(key, x.shape, step)

@@ -124,3 +124,16 @@ def test_gradients_are_let_go_of(backend: str) -> None:
         held = weakref.ref(x.grad)
         x.grad = None
         assert held() is None
+
+
+def test_what_torch_allows_in_the_state_is_let_be_and_what_is_no_count_refused() -> None:
+    x = torch.nn.Parameter(torch.ones(3))
+    x.grad = torch.ones(3)
+    optimizer = LAMB([x])
+    optimizer.state["note"] = 3
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.state["note"] == 3
+    optimizer.state[x]["step"] = 5
+    with pytest.raises(ValueError, match="step=5: expected a float32 tensor on cpu"):
+        optimizer.step()

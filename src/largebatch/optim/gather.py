@@ -46,8 +46,7 @@ class Gathered:
         for group in optimizer.param_groups:
             optimizer._init_group(group)
             of_device: dict[torch.device, Members] = {}
-            names = group.get("param_names", [None] * len(group["params"]))
-            for x, name in zip(group["params"], names, strict=True):
+            for x, name in zip(group["params"], names_of(group), strict=True):
                 parts = norms.parts(x, name, num_layers, with_origin=optimizer.state_dtype is torch.bfloat16)
                 num_layers += len(parts)
                 if x.grad is None:
@@ -78,7 +77,7 @@ class Gathered:
         self.keeps &= len(parts) == 1 and parts[0].of(x) is x
         if optimizer.counts_steps:
             step, device = state["step"], step_device(x, members.group)
-            as_kept = step.dtype is torch.float32 and step.device == device
+            as_kept = isinstance(step, Tensor) and step.dtype is torch.float32 and step.device == device
             check("step", step, as_kept, f"a float32 tensor on {device}")
             members.steps.tensors.append(step)
 
@@ -112,11 +111,21 @@ class Gathered:
                 layers.runs += [Run(hyper, ratio, len(of_one)) for hyper, of_one in zip(each, parts, strict=True)]
 
 
+def names_of(group: dict[str, Any]) -> Sequence[str | None]:
+    """Return the names of a group's parameters, None for each if they have none.
+
+    Nor have they where torch's `ZeroRedundancyOptimizer` left a process some of the parameters and the names of all.
+    """
+    params, names = group["params"], group.get("param_names")
+    return names if names is not None and len(names) == len(params) else [None] * len(params)
+
+
 def sources(optimizer: "LayerwiseOptimizer", grads: Grads) -> Sources:
     """List all objects that layers are gathered from."""
     groups = optimizer.param_groups
     params = list(chain.from_iterable((*group["params"], None) for group in groups))  # None ends a group
-    tensors = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]  # torch allows others, unused
+    tensors = list(chain.from_iterable(map(dict.values, states)))
     return [list(groups), params, [g is None for g in grads], tensors]
 
 

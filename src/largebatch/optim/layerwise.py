@@ -1,7 +1,6 @@
 """The paper's general strategy: any base optimizer, with its step rescaled layer by layer."""
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,9 @@ from torch.optim.asgd import ASGD
 from torch.optim.rprop import Rprop
 
 from . import norms
-from .base import rate_of, without_functions
+from .base import rate_of, with_own_functions, without_functions
 from .checks import check, check_phi
+from .gather import names_of
 from .precision import compute_dtype, store_weights
 from .wrapper import Wrapper
 
@@ -108,35 +108,45 @@ class Layerwise(Wrapper):
             with torch.enable_grad():
                 loss = closure()
         self._follow_new_groups()
-        moving = self._about_to_move()
+        moving, copies = self._about_to_move()
         try:
             self._take_long_step()
+            for x, old, padding in copies:
+                if padding is not None:
+                    x[padding].copy_(old[padding])
             self._ratios[0] = [self._rescale(layers) for layers in moving]
         except BaseException:  # Ctrl-C too: what has been moved is far away, and somebody may go on from here
-            for layer in chain.from_iterable(moving):
-                if layer.group["adapt"]:
-                    layer.x.copy_(layer.old)
+            for x, old, _ in copies:
+                x.copy_(old)
             raise
         return loss
 
-    def _about_to_move(self) -> list[list[Moving]]:
-        """Copy what the base optimizer's step is going to move, device by device."""
+    def _about_to_move(self) -> tuple[list[list[Moving]], list[tuple[Tensor, Tensor, slice | None]]]:
+        """Copy what the base optimizer's step is going to move.
+
+        Returns:
+            The layers, device by device; and of each parameter that adapts what this process holds of it, the copy, and
+            what of a flat partition is no layer's.
+        """
         by_device: dict[torch.device, list[Moving]] = {}
+        copies: list[tuple[Tensor, Tensor, slice | None]] = []
         position = self.first_layer
         for group in self.param_groups:
-            names = group.get("param_names", [None] * len(group["params"]))
-            for x, name in zip(group["params"], names, strict=True):
+            for x, name in zip(group["params"], names_of(group), strict=True):
                 parts = norms.parts(x, name, position)
                 position += len(parts)
                 if x.grad is None:
                     continue
+                old = x
                 if group["adapt"]:
                     wide = x.dtype is not torch.float16
                     check("params", x.dtype, wide, "float32 or bfloat16 weights where they adapt")
-                old = x.detach().clone() if group["adapt"] else x
+                    old, segment = x.detach().clone(), parts[-1].segment
+                    padding = None if segment is None else slice(segment.stop, None)
+                    copies.append((norms.local(x), norms.local(old), padding))
                 layers = [Moving(part.name, part.of(x), part.of(old), group, part.cut) for part in parts]
                 by_device.setdefault(x.device, []).extend(layers)
-        return list(by_device.values())
+        return list(by_device.values()), copies
 
     def _take_long_step(self) -> None:
         """Let the base optimizer step, adapted groups at the rate `LONG_STEP`."""
@@ -182,7 +192,7 @@ class Layerwise(Wrapper):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state dict, but for a φ that is a function: loading leaves a group its own."""
+        """Return the base optimizer's state dict, but for a φ that is a function; see `LAMB.state_dict`."""
         return without_functions(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -190,7 +200,7 @@ class Layerwise(Wrapper):
         own = [{key: group[key] for key in ("phi", "adapt")} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, settings in zip(self.param_groups, own, strict=True):
-            group.update(settings | group)  # where the loaded group lacks one, it stays as it was
+            group.update(settings | with_own_functions(group, settings))  # what a loaded group lacks stays as it was
         self._follow_base()
 
     def _follow_base(self) -> None:

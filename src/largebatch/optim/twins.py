@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from . import norms
 from .checks import check
+from .gather import names_of
 from .layerwise import Layerwise
 
 
@@ -41,9 +42,9 @@ class Twin:
         for member in members:
             group = optimizer.param_groups[member.group]
             own = groups.setdefault(member.group, {**group, "params": []})
-            if "param_names" in group:
-                names = own["param_names"] if own["params"] else []
-                own["param_names"] = [*names, group["param_names"][member.place]]
+            name = names_of(group)[member.place]
+            if name is not None:
+                own["param_names"] = [*(own["param_names"] if own["params"] else []), name]
             own["params"].append(member.moved)
         self.groups = groups
         self.optimizer = alike(optimizer, list(groups.values()))
