@@ -394,3 +394,65 @@ def test_zero_grad(info: OptimizerInfo) -> None:
     assert all(x.grad is g and not g.any() for x, g in zip(weights(optimizer), grads, strict=True))
     optimizer.zero_grad()
     assert all(x.grad is None for x in weights(optimizer))
+
+
+@every_optimizer
+def test_state_of_another_shape_is_refused_before_anything_changes(info: OptimizerInfo) -> None:
+    """A head of more classes, a matrix the other way round: read as they lie, they would be other numbers, or none."""
+    made = Layerwise if "Layerwise" in info.optim_cls.__name__ else None
+
+    def build(*shape: int) -> Optimizer:
+        params = [Parameter(torch.ones(2)), Parameter(torch.ones(*shape))]
+        return Layerwise(torch.optim.AdamW(params)) if made else info.optim_cls(params, lr=0.1)
+
+    source = build(3, 2)
+    step_alike(source)
+    if made:
+        return  # what its base does
+    for shape in ((4, 2), (2, 3), (3,)):
+        optimizer = build(*shape)
+        before = copy.deepcopy(optimizer.state_dict())
+        with pytest.raises(ValueError, match=r"of parameter 1 has the shape \[3, 2\], and the parameter \["):
+            optimizer.load_state_dict(source.state_dict())
+        assert_equal(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_hook_after_loading_has_the_last_word() -> None:
+    x, y = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2))
+    source, optimizer = LAMB([x], lr=0.1), LAMB([y], lr=0.1, state_dtype=torch.bfloat16)
+    step_alike(source)
+    seen = []
+
+    def start_again(loaded: Optimizer) -> None:
+        seen.append(loaded.state[y]["exp_avg"].dtype)
+        loaded.state[y]["exp_avg"] = torch.zeros(2, 2, dtype=torch.bfloat16)
+
+    optimizer.register_load_state_dict_post_hook(start_again)
+    optimizer.load_state_dict(source.state_dict())
+    assert seen == [torch.bfloat16]
+    assert not optimizer.state[y]["exp_avg"].any()
+    optimizer.register_load_state_dict_post_hook(lambda loaded: loaded.state.clear())
+    optimizer.load_state_dict(source.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RAdam, torch.optim.NAdam])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_where_the_decay_of_torchs_optimizers_goes_is_not_taken_over(kind: Any, decoupled: bool) -> None:
+    """They mean by it whether the gradient holds the decay, and LAMB whether the trust ratio does."""
+    x, y = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2))
+    settings = {} if kind is torch.optim.AdamW else {"decoupled_weight_decay": decoupled}
+    source, optimizer = kind([x], lr=0.1, **settings), LAMB([y], lr=0.1, decoupled_weight_decay=not decoupled)
+    step_alike(source)
+    optimizer.load_state_dict(source.state_dict())
+    assert optimizer.param_groups[0]["decoupled_weight_decay"] is not decoupled
+
+
+@pytest.mark.parametrize("form", ["paper", "2017"])
+def test_sgds_momentum_is_refused(form: str) -> None:
+    """It is a sum of gradients: neither an average, nor scaled by the trust ratio."""
+    x, y = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2))
+    source, optimizer = torch.optim.SGD([x], lr=0.3, momentum=0.9), LARS([y], lr=0.1, form=form)
+    step_alike(source)
+    with pytest.raises(ValueError, match=f"state_dict=\"SGD's momentum\": expected momentum of the form '{form}'"):
+        optimizer.load_state_dict(source.state_dict())

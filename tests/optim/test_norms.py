@@ -88,6 +88,12 @@ def test_phi() -> None:
     assert norms.phi_of(torch.sqrt, z).tolist() == pytest.approx(z.sqrt().tolist())
 
 
+def test_a_layer_of_zeros_has_the_ratio_1_whatever_phi_does_to_its_norm() -> None:
+    for phi in (lambda z: z.clamp(1.0, 10.0), lambda z: z.clamp_(1.0, 10.0), (1.0, 10.0)):
+        ratio = norms.trust_ratio(torch.tensor([0.0, 2.0]), torch.tensor([4.0, 4.0]), norms.Ratio(phi))
+        assert ratio.tolist() == [1.0, 0.5]
+
+
 def test_groups_are_reckoned_each_with_its_own_ratio() -> None:
     lengths = []
 

@@ -67,6 +67,16 @@ def test_the_noise_is_of_the_step_the_layer_the_state_and_the_element() -> None:
     assert torch.equal(rounded(values, 1), rounded(values, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_noise_of_a_step_is_its_own_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    expected = [int(precision.seed_of(t, 3)) for t in (1000, 1001, 70_001)]
+    try:
+        torch.set_default_dtype(dtype)
+        assert [int(precision.seed_of(t, 3)) for t in (1000, 1001, 70_001)] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_what_bfloat16_holds_is_left_alone_and_what_is_not_finite_stays_so() -> None:
     exact = torch.tensor([0.0, -0.0, 1.0, -2.5, 2.0**-130, 3.0e38]).bfloat16().float()
     special = torch.tensor([float("inf"), float("-inf"), float("nan")])

@@ -9,8 +9,10 @@ from torch.optim import Optimizer
 
 from . import backends, norms, precision
 from .backends import Backend, Layers
-from .checks import check, check_common
+from .checks import check, check_common, check_shape
 from .gather import Gathered, step_device
+
+FUNCTION = "a function"  # what a state dict says of such a φ
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -201,9 +203,9 @@ class LayerwiseOptimizer(Optimizer):
         self._choose_backend()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, but for a φ that is a function: loading leaves a group its own.
+        """Return torch's state dict, but for a φ that is a function, and is only said to be one.
 
-        Functions cannot always be saved, and are not safe to load.
+        Functions cannot always be saved, and are not safe to load: loading leaves a group its own.
         """
         return without_functions(super().state_dict())
 
@@ -214,8 +216,8 @@ class LayerwiseOptimizer(Optimizer):
         gives its state, where torch would round them to the parameter's.
 
         Raises:
-            ValueError: groups that do not match, moments without their step count, or another rule's state; nothing
-                is changed then.
+            ValueError: groups or shapes that do not match, moments without their step count, or another rule's state;
+                nothing is changed then.
         """
         as_loaded: dict[str, Any] = {}
 
@@ -229,24 +231,43 @@ class LayerwiseOptimizer(Optimizer):
             pairs = zip(loaded["param_groups"], self.param_groups, strict=False)  # torch says if there are too few
             groups = [self._completed(group, own) for group, own in pairs]
             as_loaded.update(loaded, state=states, param_groups=groups + loaded["param_groups"][len(groups) :])
+            self._check_shapes(as_loaded)
             return as_loaded
 
-        handle = self.register_load_state_dict_pre_hook(complete)  # after the user's
+        def keep_dtypes(_: Any) -> None:
+            for x, group, loaded in self._pairs(as_loaded):
+                state = self.state.get(x, {})
+                for key in (*self.state_keys, "master_param"):
+                    if key in loaded:
+                        dtype = torch.float32 if key == "master_param" else precision.state_dtype(x, self.state_dtype)
+                        state[key] = loaded[key].detach().to(x.device, dtype, copy=True)
+                if self.counts_steps and state:
+                    step = torch.as_tensor(state["step"], dtype=torch.float32, device=step_device(x, group))
+                    state["step"] = step.clone()
+
+        handles = (
+            self.register_load_state_dict_pre_hook(complete),  # after the user's
+            self.register_load_state_dict_post_hook(keep_dtypes, prepend=True),  # before the user's
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        ids = [number for group in as_loaded["param_groups"] for number in group["params"]]
+            for handle in handles:
+                handle.remove()
+
+    def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any], dict[str, Any]]]:
+        """Return each parameter that a state dict has a place for, its group, and the state that is to be its own."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [(x, group) for group in self.param_groups for x in group["params"]]
-        for number, (x, group) in zip(ids, params, strict=True):
-            loaded, state = as_loaded["state"].get(number, {}), self.state.get(x, {})
+        states = [state_dict["state"].get(number, {}) for number in numbers]
+        return [(x, group, state) for (x, group), state in zip(params, states, strict=False)]
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError for moments of a parameter that has another shape here."""
+        for position, (x, _, state) in enumerate(self._pairs(state_dict)):
             for key in (*self.state_keys, "master_param"):
-                if key in loaded:
-                    dtype = torch.float32 if key == "master_param" else precision.state_dtype(x, self.state_dtype)
-                    state[key] = loaded[key].detach().to(x.device, dtype, copy=True)
-            if self.counts_steps and state:
-                step = torch.as_tensor(state["step"], dtype=torch.float32, device=step_device(x, group))
-                state["step"] = step.clone()
+                if isinstance(state.get(key), Tensor):
+                    check_shape(key, position, norms.local(state[key]), norms.local(x))
 
     def _check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError for a loaded state that is not this rule's."""
@@ -257,18 +278,23 @@ class LayerwiseOptimizer(Optimizer):
 
     def _completed(self, group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         """Return a loaded group with the settings that it lacks, from the group whose place it takes."""
-        theirs = dict(group)
-        if "amsgrad" in theirs and "always_adapt" not in theirs:  # torch's Adam, which says so that it is AdamW
+        theirs = with_own_functions(dict(group), own)
+        if "always_adapt" not in theirs:  # torch's Adam, RAdam and NAdam, which mean by it what LAMB does in any case
             theirs.pop("decoupled_weight_decay", None)
         return {key: own[key] for key in self.defaults if key in own} | theirs
 
 
 def without_functions(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Drop every φ that is a function from a state dict, which is changed."""
+    """Put `FUNCTION` in place of every φ that is a function in a state dict, which is changed."""
     for group in state_dict["param_groups"]:
         if callable(group.get("phi")):
-            del group["phi"]
+            group["phi"] = FUNCTION
     return state_dict
+
+
+def with_own_functions(loaded: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return a loaded group, with the φ of the group whose place it takes where that was a function."""
+    return loaded | {"phi": own["phi"]} if loaded.get("phi") == FUNCTION else loaded
 
 
 def rate_of(group: dict[str, Any]) -> float | Tensor:

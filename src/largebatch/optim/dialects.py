@@ -106,6 +106,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], source: str, optimizer: to
 
 def _settings(group: dict[str, Any], source: str) -> dict[str, Any]:
     """Return the settings of LAMB that equal those of a group of Apex's or timm's."""
+    is_theirs = {"grad_averaging", "bias_correction"} <= group.keys()
+    check("state_dict", sorted(map(str, group)), is_theirs, f"groups of {source}'s, with grad_averaging")
     check("grad_averaging", group["grad_averaging"], bool(group["grad_averaging"]), "True: m averages the gradients")
     check("caution", group.get("caution"), not group.get("caution"), "False")
     corrected = group.get("corrected_weight_decay")

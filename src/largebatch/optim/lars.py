@@ -121,7 +121,8 @@ class LARS(LayerwiseOptimizer):
         check("trust_coefficient", group["trust_coefficient"], group["trust_coefficient"] > 0, "a number > 0")
 
     def _completed(self, group: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        form = group.get("form", self.form)
+        is_sgds = "dampening" in group and group["momentum"] != 0
+        form = group.get("form", "SGD's momentum" if is_sgds else self.form)
         check("state_dict", form, form == self.form, f"momentum of the form {self.form!r}, another quantity")
         return super()._completed(group, own)
 

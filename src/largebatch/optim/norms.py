@@ -353,13 +353,14 @@ class Ratio(NamedTuple):
 def trust_ratio(x_norm: Tensor, u_norm: Tensor, ratio: Ratio) -> Tensor:
     """Return the factors of layers that share ``ratio``, from the vectors of their norms."""
     z = x_norm * ratio.shrink
+    is_zero = (z == 0) | (u_norm == 0)  # before φ, which may write to what it is handed
     divisor = u_norm + ratio.eps
     if ratio.decay != 0:
         divisor = divisor + ratio.decay * z
     factor = ratio.coefficient * phi_of(ratio.phi, z) / divisor
     if ratio.bounds is not None:
         factor = factor.clamp(*ratio.bounds)
-    return torch.where((z == 0) | (u_norm == 0), 1.0, factor)
+    return torch.where(is_zero, 1.0, factor)
 
 
 def by_name(ratios: Iterable[tuple[str | int, Tensor]]) -> dict[str | int, Tensor]:

@@ -48,7 +48,7 @@ def mix(h: Tensor) -> Tensor:
 
 def seed_of(t: float | Tensor, position: int) -> Tensor:
     """Return the 0-D int32 seed for the states of one layer (``position``) at one step (``t``)."""
-    step = t.detach().clone() if isinstance(t, Tensor) else torch.tensor(t)
+    step = t.detach().clone() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
     return mix(mix(step.to(torch.int32)) + position)
 
 
