@@ -178,7 +178,7 @@ def test_what_cannot_come_over_is_said() -> None:
     ours = LAMB([torch.nn.Parameter(torch.tensor(x)) for x in layers], LR)
     with pytest.raises(ValueError, match=r"^source='lamb': expected 'apex'"):
         convert_state_dict(state, "lamb", ours)
-    with pytest.raises(ValueError, match="state_dict=.*: expected groups of timm's, with grad_averaging"):
+    with pytest.raises(ValueError, match=r"state_dict=.*: expected groups of timm's, with grad_averaging"):
         convert_state_dict(torch.optim.AdamW(ours.param_groups[0]["params"]).state_dict(), "timm", ours)
     with pytest.raises(ValueError, match=r"^state_dict=\[6\]: expected groups of \[1\]"):
         convert_state_dict(state, "apex", LAMB([torch.nn.Parameter(torch.tensor(layers[0]))], LR))
