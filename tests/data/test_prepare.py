@@ -373,6 +373,14 @@ def test_a_vocabulary_is_trained_if_none_is_given(tmp_path, demo_documents) -> N
     assert any("vocabulary of" in note for note in tiny.report["notes"])
 
 
+def test_the_characters_of_a_chinese_text_are_known(tmp_path) -> None:
+    """They are more than one piece in thirty, and leave nothing to merge."""
+    documents = [["".join(chr(0x4E00 + 7 * i + j) for j in range(7)) + "。"] for i in range(100)]
+    manifest = prepare([write_text(tmp_path / "a.txt", documents)], tmp_path / "out", vocab_size=3000)
+    assert manifest.report["unknown_tokens"] == 0
+    assert manifest.tokenizer["vocab_size"] == 5 + 2 * 700 + 1
+
+
 def test_a_vocabulary_beyond_16_bits(tmp_path, vocab) -> None:
     big = tmp_path / "big.txt"
     big.write_text(vocab.read_text() + "".join(f"zz{i}\n" for i in range(70_000)))

@@ -130,10 +130,25 @@ def test_rare_characters_are_left_to_the_unknown_token() -> None:
     """One piece in thirty may be a character; the rarest go, ties by code point, and words with them are unknown."""
     rare = "".join(chr(0x4E00 + i) for i in range(100))
     text = ["the cat sat on the mat " * 50 + rare]
-    vocabulary = train_vocabulary(text, 300, lowercase=True)
+    vocabulary = train_vocabulary(text, 138, lowercase=True)
     kept = [c for c in rare if c in vocabulary.tokens]
     assert 0 < len(kept) < 100
     assert kept == list(rare[: len(kept)])
+    assert {"the", "cat"} < set(vocabulary.tokens)  # words went before the characters
+
+
+@pytest.mark.parametrize("first", [0x4E00, 0xAC00], ids=["Chinese", "Korean"])
+def test_room_that_words_leave_goes_to_characters(first: int) -> None:
+    """A Chinese character is a word of its own, so nothing is merged; Korean ones make words."""
+    characters = [chr(first + i) for i in range(600)]
+    text = ["the cat sat on the mat " * 50, *("".join(characters[i : i + 2]) for i in range(0, 600, 2))]
+    for size in (400, 500):
+        vocabulary = train_vocabulary(text, size, lowercase=False)
+        assert size - 1 <= len(vocabulary) <= size
+        kept = [c for c in characters if c in vocabulary.tokens]
+        assert kept == characters[: len(kept)]
+        assert all(c in vocabulary.tokens for c in "thecasonm")
+    assert set(characters) < set(train_vocabulary(text, 2000, lowercase=False).tokens)
 
 
 @pytest.mark.parametrize(

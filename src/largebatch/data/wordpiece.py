@@ -18,6 +18,7 @@ from .vocabulary import SPECIAL_TOKENS, Vocabulary
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.normalizers import Normalizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 _MAX_CODE_POINTS = 0x110000
 _LOT = 1 << 20  # characters that are counted at a time
@@ -133,28 +134,52 @@ def train_vocabulary(texts: Sequence[str], vocab_size: int, lowercase: bool) -> 
     order of a hash table seeded anew in every process (seen 2026-11-21 with 0.23: same pieces, other ids). Here all
     characters get their ids beforehand, so that the merges are determined.
 
+    One piece in thirty may be a character, as in BERT's own vocabulary, at least 64 and at most 1,000. Where the words
+    of the text leave pieces over, as Chinese does, whose characters are words, further characters get them.
+
     Args:
         texts: any pieces of text.
-        vocab_size: pieces wanted, the five special ones included; a small corpus may give fewer.
+        vocab_size: pieces wanted, the five special ones included; a text of few words and characters gives fewer.
         lowercase: as in `WordEncoder`.
 
     Raises:
         UserError: the texts hold no character, or more different characters than fit.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import normalizers, pre_tokenizers
 
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
-    # BERT's own vocabulary spends one piece in thirty on characters.
     counts = _character_counts(texts, normalizer)
-    alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[: max(64, min(1000, vocab_size // 30))])
-    if not alphabet:
+    if not counts:
         raise UserError("no vocabulary can be trained: the input holds no visible character")
-    continuing = ["##" + c for c in alphabet if len(pre_tokenizer.pre_tokenize_str("a" + c)) == 1]
-    fixed = len(SPECIAL_TOKENS) + len(alphabet) + len(continuing)
-    if vocab_size <= fixed:
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))
+    continues = {c: len(pre_tokenizer.pre_tokenize_str("a" + c)) == 1 for c in ranked}
+    # The special tokens, and the characters to each rank: as a word's beginning, and as its continuation.
+    fixed = len(SPECIAL_TOKENS) + np.cumsum([1 + continues[c] for c in ranked])
+    num = min(len(ranked), max(64, min(1000, vocab_size // 30)))
+    if vocab_size <= fixed[num - 1]:
         raise UserError(
-            f"a vocabulary of {vocab_size} is too small: {fixed} pieces go to special tokens and characters"
+            f"a vocabulary of {vocab_size} is too small: {fixed[num - 1]} pieces go to special tokens and characters"
         )
+    while True:
+        alphabet = sorted(ranked[:num])
+        continuing = ["##" + c for c in alphabet if continues[c]]
+        vocabulary = _train(texts, vocab_size, alphabet, continuing, normalizer, pre_tokenizer)
+        room = vocab_size - len(vocabulary)
+        if (fitting := int(np.searchsorted(fixed, fixed[num - 1] + room, side="right"))) == num:
+            return vocabulary
+        num = fitting
+
+
+def _train(
+    texts: Sequence[str],
+    vocab_size: int,
+    alphabet: list[str],
+    continuing: list[str],
+    normalizer: "Normalizer",
+    pre_tokenizer: "PreTokenizer",
+) -> Vocabulary:
+    from tokenizers import Tokenizer, models, trainers
+
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         initial_alphabet=alphabet,
@@ -167,7 +192,7 @@ def train_vocabulary(texts: Sequence[str], vocab_size: int, lowercase: bool) -> 
     tokenizer.train_from_iterator(texts, trainer)
     ids = tokenizer.get_vocab()
     first = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet, *continuing])}
-    return Vocabulary(tuple(sorted(ids, key=lambda token: (first.get(token, fixed), ids[token]))))
+    return Vocabulary(tuple(sorted(ids, key=lambda token: (first.get(token, len(first)), ids[token]))))
 
 
 def _lots(texts: Sequence[str]) -> Iterator[str]:
