@@ -18,6 +18,7 @@ import whole_runs
 from whole_runs import final_weights, metrics, settings
 
 import largebatch
+from largebatch.cli import main
 from largebatch.experiments.config import override
 from largebatch.experiments.recipes import get
 from largebatch.experiments.runner import build_workload
@@ -164,6 +165,16 @@ def test_ranks_share_a_batch_without_gap_or_overlap(corpus: Path, monkeypatch: p
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(shares(world_size), whole, strict=True))
     keys = torch.cat([whole[3], whole[7]])
     assert len(keys.unique()) == 32  # no two visits share a key
+
+
+def test_evaluation_waits_for_no_other_rank(alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """In a shell where a job's manager has exported the ranks of its own."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("it waits"))
+    assert main(["evaluate", str(alone)]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["mlm_loss"] == pytest.approx(metrics(alone, "eval")[-1]["mlm_loss"], rel=RTOL)
 
 
 @pytest.mark.parametrize("name", ["4, ddp, then 1", "4, ddp, then 2, fsdp", "2, fsdp, then 4, hsdp"])

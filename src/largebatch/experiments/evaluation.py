@@ -20,7 +20,7 @@ def evaluate_run(run: Path) -> dict[str, Any]:
     check_same_data(run, workload)
     model = workload.model()
     model.load_state_dict(run_weights(run))
-    model.to(distributed.initialize(config.device))
+    model.to(distributed.choose_device(config.device))
     return workload.evaluate(model, len(config.stages) - 1, None)
 
 
@@ -33,7 +33,7 @@ def answer_file(model_path: Path, squad_file: Path) -> dict[str, Any]:
         raise UserError(
             f"{model_path} answers no questions (it has no {fresh[0]}); fine-tune it with `largebatch finetune squad`"
         )
-    model.to(distributed.initialize("auto"))
+    model.to(distributed.choose_device("auto"))
     config = config_of(model_path) if encoder.is_run else None
     data = config.data if isinstance(config, SquadConfig) else SquadData()
     dataset = read_squad(squad_file, on_bad_answer="skip")
