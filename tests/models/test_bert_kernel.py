@@ -1,9 +1,10 @@
 """The C kernel of BERT against torch's operations: the same masks to the bit, the same numbers to their rounding.
 
 Guards against a kernel that drops other elements than its reference, that errs at the end of a row or in the lanes that
-a row does not fill, and whose results depend on the threads or the instruction set.
+a row does not fill, and whose results depend on the threads, the instruction set or the process's defaults.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from largebatch import compiled
-from largebatch.models import cross_entropy, native
+from largebatch.models import BertConfig, BertForPreTraining, cross_entropy, native, pretraining_loss
 from largebatch.models import keyed_attention as attention
 from largebatch.models.dense import dense_activation, dense_dropout_add_norm
 from largebatch.models.dropout import Dropout
@@ -25,6 +26,7 @@ if native.kernel() is None:
 KERNEL = native.kernel()
 
 SITE, KEEP = 7, 0.9
+TOTALS = {"masked": torch.tensor(10), "sequences": torch.tensor(4)}
 # Sequences, heads, tokens: full and ragged groups of 16, a last head without a partner, one token.
 MATRICES = [(2, 12, 128), (3, 3, 37), (1, 1, 1), (2, 5, 16), (1, 2, 513), (4, 4, 15)]
 ROWS = [(200, 768), (3, 37), (65, 129), (64, 16), (130, 63)]
@@ -305,9 +307,41 @@ def test_what_it_does_not_take_is_left_to_torch() -> None:
         assert dense_activation(rows, dense, F.gelu).grad_fn.name() == "_GeluBackward"
         for layer, function in ((dense, F.relu), (nn.Linear(4, 4, bias=False), F.gelu), (other_kind, F.gelu)):
             assert dense_activation(rows, layer, function).grad_fn.name() in ("GeluBackward0", "ReluBackward0")
-    for layer, is_ours in ((dense, True), (other_kind, False)):
-        normed = dense_dropout_add_norm(rows, layer, rows, dropout, norm, keys_of(2))
+    for layer, after, is_ours in ((dense, norm, True), (other_kind, norm, False)):
+        normed = dense_dropout_add_norm(rows, layer, rows, dropout, after, keys_of(2))
         assert (normed.grad_fn.name() == "_AddNormBackward") is is_ours
+
+
+@pytest.fixture
+def keyed_batch(make_batch: Callable) -> dict[str, Tensor]:
+    return {**make_batch([9, 30, 9, 4], 40), "dropout_keys": torch.arange(4) * 12345}
+
+
+def keyed_model(config: BertConfig) -> BertForPreTraining:
+    torch.manual_seed(1)
+    return BertForPreTraining(dataclasses.replace(config, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1))
+
+
+def gradients_of(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    pretraining_loss(model, batch, TOTALS)[0].backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_what_the_process_makes_by_default_is_nothing_to_it(
+    default: torch.dtype | str, small_config: BertConfig, keyed_batch: dict[str, Tensor]
+) -> None:
+    """C took tensors of the default dtype for float32, and wrote past their end, or to where meta tensors are not."""
+    model = keyed_model(small_config)
+    expected = gradients_of(model, keyed_batch)
+    try:
+        torch.set_default_device(default) if default == "meta" else torch.set_default_dtype(default)
+        ours = gradients_of(model, keyed_batch)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in ours.items())
 
 
 def test_a_missing_library_is_said_once(

@@ -1,4 +1,5 @@
 """Compiled element-wise work: the same numbers, one graph without a break, and nothing compiled anew as lengths change.
+Attention with dropout by keys within what a user compiles.
 
 Through dynamo, with backends that run on any machine: "eager" calls the captured graph's operations one by one,
 "aot_eager" those of the captured backward pass too.
@@ -12,6 +13,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from largebatch.models import BertConfig, BertForPreTraining, compile_elementwise, pretraining_loss
+from largebatch.models.keyed_attention import keyed_attention
 
 # Of dynamo's own doing: it looks at the gradient of what is no leaf, and makes an instance of an autograd function.
 pytestmark = [
@@ -83,3 +85,16 @@ def test_the_weights_keep_their_names(small_config: BertConfig) -> None:
     names = list(model.state_dict())
     compile_elementwise(model, backend="eager")
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")  # it looks at the kernel's cache, which is not asked then
+def test_attention_by_keys_within_a_compiled_model() -> None:
+    """Without a tensor to write to that lies apart, which the compiler refuses. 1e-5: the scores' product is tiled."""
+    products, bias, keys = torch.randn(29, 48), torch.randn(48), torch.arange(29, dtype=torch.int32)
+    seen = []
+    for function in (keyed_attention, torch.compile(keyed_attention, backend="aot_eager")):
+        leaves = [each.clone().requires_grad_() for each in (products, bias)]
+        context = function(*leaves, 2, [(1, 4), (1, 25)], keys, 3, 0.3)
+        seen.append([context.detach(), *torch.autograd.grad(context.square().sum(), leaves)])
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))

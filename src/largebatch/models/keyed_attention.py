@@ -32,7 +32,7 @@ class Operations:
     def join(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> None:
         """Write [c n, L, d], times ``scale``, to rows [c L, H]."""
         by_sequence = heads.view(chunk[0], num_heads, *heads.shape[1:]).transpose(1, 2)
-        torch.mul(by_sequence, scale, out=rows.view(*chunk, num_heads, -1))
+        rows.view(*chunk, num_heads, -1).copy_(by_sequence * scale)
 
     def join_and_sum(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
         """Do the same, and return the sum of the rows, [H], in float32 or better."""
@@ -101,7 +101,7 @@ class _KeyedAttention(torch.autograd.Function):
         cut, work = ctx.cut, ctx.work
         grad = grad.contiguous()
         of_products = grad.new_empty(len(grad), 3 * grad.shape[1])
-        of_bias = torch.zeros(3, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+        of_bias = grad.new_zeros(3, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
         saved = iter(ctx.saved_tensors)
         for rows, chunk in cut.chunks():
             q, k, v, probs = (next(saved) for _ in range(4))

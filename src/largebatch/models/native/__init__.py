@@ -105,7 +105,7 @@ class Kernel:
 
     def join_and_sum(self, heads: Tensor, rows: Tensor, chunk: tuple[int, int], num_heads: int, scale: float) -> Tensor:
         """See `Operations.join_and_sum`; the rows may lie apart."""
-        sums = torch.empty(-(-len(rows) // self.heads_rows), rows.shape[1])
+        sums = rows.new_empty(-(-len(rows) // self.heads_rows), rows.shape[1], dtype=torch.float32)
         self._copy(1, rows, heads, chunk, num_heads, scale, None, sums)
         return sums.sum(0)
 
@@ -228,7 +228,7 @@ class Kernel:
         bias = _readable("bias", bias, torch.float32, num_classes)
         if num_rows and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise IndexError(f"labels: from {int(labels.min())} to {int(labels.max())}, outside 0..{num_classes - 1}")
-        losses, right = bias.new_empty(num_rows), torch.empty(num_rows, dtype=torch.uint8)
+        losses, right = bias.new_empty(num_rows), bias.new_empty(num_rows, dtype=torch.uint8)
         of_bias = bias.new_empty(-(-num_rows // self.loss_rows) if wants_grad else 0, num_classes)
         self.library.largebatch_loss(
             num_rows,
