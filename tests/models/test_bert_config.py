@@ -1,12 +1,15 @@
 """The config: published sizes, transformers' field names both ways, and bad values refused by name."""
 
+import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
 
 from largebatch.errors import UserError
 from largebatch.models import BertConfig, BertForPreTraining
+from largebatch.models.config import ACTIVATIONS
 
 # Millions of parameters as Turc et al. (2019) print them; BERT-large as Devlin et al. (2019), who round to 340.
 PARAMETERS = {"tiny": 4.4, "mini": 11.3, "small": 29.1, "medium": 41.7, "base": 110.1, "large": 340}
@@ -97,6 +100,15 @@ def test_initial_weights_are_the_original_berts() -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             assert (parameter == float("LayerNorm.weight" in name)).all(), name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_model_can_be_pickled(activation: str, small_config: BertConfig) -> None:
+    model = BertForPreTraining(dataclasses.replace(small_config, hidden_act=activation))
+    again = pickle.loads(pickle.dumps(model))
+    assert again.cls.predictions.decoder.weight is again.bert.embeddings.word_embeddings.weight
+    rows = torch.randn(2, 48)
+    assert torch.equal(*(each.cls.predictions(rows) for each in (model, again)))
 
 
 def test_decoder_shares_the_word_embeddings(small_config: BertConfig) -> None:

@@ -1,7 +1,8 @@
 """The C kernel of BERT against torch's operations: the same masks to the bit, the same numbers to their rounding.
 
 Guards against a kernel that drops other elements than its reference, that errs at the end of a row or in the lanes that
-a row does not fill, and whose results depend on the threads, the instruction set or the process's defaults.
+a row does not fill, and whose results depend on the threads, the instruction set or the process's defaults. And against
+layers that do more than their class says, whose weights were taken without calling them.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from largebatch import compiled
 from largebatch.models import BertConfig, BertForPreTraining, cross_entropy, native, pretraining_loss
@@ -307,9 +309,20 @@ def test_what_it_does_not_take_is_left_to_torch() -> None:
         assert dense_activation(rows, dense, F.gelu).grad_fn.name() == "_GeluBackward"
         for layer, function in ((dense, F.relu), (nn.Linear(4, 4, bias=False), F.gelu), (other_kind, F.gelu)):
             assert dense_activation(rows, layer, function).grad_fn.name() in ("GeluBackward0", "ReluBackward0")
-    for layer, after, is_ours in ((dense, norm, True), (other_kind, norm, False)):
+    for layer, after, is_ours in ((dense, norm, True), (other_kind, norm, False), (dense, Doubled(4), False)):
         normed = dense_dropout_add_norm(rows, layer, rows, dropout, after, keys_of(2))
         assert (normed.grad_fn.name() == "_AddNormBackward") is is_ours
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, rows: Tensor) -> Tensor:
+        return 2 * super().forward(rows)
+
+
+def double(layer: nn.Module) -> None:
+    """As packages that move weights about do: the instance has another ``forward`` than its class."""
+    forward = layer.forward
+    layer.forward = lambda rows: 2 * forward(rows)
 
 
 @pytest.fixture
@@ -342,6 +355,53 @@ def test_what_the_process_makes_by_default_is_nothing_to_it(
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(gradient, expected[name]) for name, gradient in ours.items())
+
+
+def test_a_hook_sees_every_layer(small_config: BertConfig, keyed_batch: dict[str, Tensor]) -> None:
+    model, seen = keyed_model(small_config), set()
+    layers = {name for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.LayerNorm | nn.Embedding)}
+    for name in layers:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.add(name))
+    gradients_of(model, keyed_batch)
+    assert seen == layers
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "bert.encoder.layer.1.attention.self.key",
+        "bert.encoder.layer.0.output.dense",
+        "bert.embeddings.word_embeddings",
+        "cls.predictions.decoder",
+    ],
+)
+@pytest.mark.parametrize(
+    "change",
+    [nn.utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5), double],
+    ids=["spectral_norm", "pruning", "a forward of its own"],
+)
+def test_a_layer_that_does_more_is_called(
+    layer: str,
+    change: Callable[[nn.Module], object],
+    small_config: BertConfig,
+    keyed_batch: dict[str, Tensor],
+    assert_same_gradients: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against padded rows, all logits and no kernel, which call every layer; in two steps, as its weight changes.
+
+    1e-5: float32 sums in another order.
+    """
+    ours, plain = keyed_model(small_config), keyed_model(small_config)
+    plain.bert.unpad = plain.takes_labels = False
+    for model in (ours, plain):
+        torch.manual_seed(2)  # `spectral_norm` draws where it starts
+        change(model.get_submodule(layer))
+        for _ in range(2):
+            gradients_of(model, keyed_batch)
+            torch.optim.SGD(model.parameters(), 0.1).step()
+        monkeypatch.setattr(native, "kernel", lambda: None)
+    assert_same_gradients(ours, plain, 1e-5)
 
 
 def test_a_missing_library_is_said_once(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 
 from largebatch.models import BertConfig, BertForPreTraining, compile_elementwise, pretraining_loss
 from largebatch.models.keyed_attention import keyed_attention
@@ -85,6 +86,27 @@ def test_the_weights_keep_their_names(small_config: BertConfig) -> None:
     names = list(model.state_dict())
     compile_elementwise(model, backend="eager")
     assert list(model.state_dict()) == names
+
+
+def test_a_layer_that_does_more_is_called(
+    small_config: BertConfig, make_batch: Callable, assert_same_gradients: Callable
+) -> None:
+    """In two steps, as the weight of a pruned layer is made anew in each. 1e-5: the order of two additions."""
+    torch.manual_seed(1)
+    model, twin = BertForPreTraining(small_config), BertForPreTraining(small_config)
+    twin.load_state_dict(model.state_dict())
+    compile_elementwise(model, backend="eager")
+    batch, seen = make_batch([7, 30, 7], 64), []
+    for one in (model, twin):
+        layer = one.bert.encoder.layer[1]
+        layer.output.LayerNorm.register_forward_hook(lambda _, __, normed: seen.append(normed) or 2 * normed)
+        prune.l1_unstructured(layer.intermediate.dense, "weight", 0.5)
+        for _ in range(2):
+            one.zero_grad()
+            pretraining_loss(one, batch, TOTALS)[0].backward()
+            torch.optim.SGD(one.parameters(), 0.1).step()
+    assert len(seen) == 4
+    assert_same_gradients(model, twin, 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")  # it looks at the kernel's cache, which is not asked then

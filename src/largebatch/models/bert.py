@@ -4,6 +4,7 @@ Shapes: B sequences of padded length L; T real tokens (rows); H the model's widt
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .autocast import product_dtype
 from .config import BertConfig
-from .dense import dense_activation, dense_dropout_add_norm
+from .dense import dense_activation, dense_dropout_add_norm, is_plain
 from .dropout import Dropout, number_sites
 from .layout import TokenLayout, self_attention
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_python": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
@@ -86,7 +87,7 @@ class BertOutput(nn.Module):
 
     def forward(self, rows: Tensor, residual: Tensor, row_keys: Tensor | None) -> Tensor:
         """[T, width], [T, H], [T] -> [T, H]."""
-        if self.fused is None:
+        if self.fused is None or not is_plain(self.LayerNorm, nn.LayerNorm):
             return dense_dropout_add_norm(rows, self.dense, residual, self.dropout, self.LayerNorm, row_keys)
         norm, prob = self.LayerNorm, self.dropout.p if self.training else 0.0
         return self.fused(
@@ -126,7 +127,7 @@ class BertIntermediate(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """[T, H] -> [T, intermediate]."""
-        if self.fused is None:
+        if self.fused is None or not is_plain(self.dense, nn.Linear):
             return dense_activation(rows, self.dense, self.activation)
         return self.fused(F.linear(rows, self.dense.weight), self.dense.bias)
 

@@ -16,6 +16,15 @@ from .autocast import product_dtype
 from .dropout import Dropout
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Say whether a module does what its class says and no more, so that its weights may be used without calling it.
+
+    Not so with hooks (of pruning, of `spectral_norm`, of a user who looks on), nor with a ``forward`` of its own.
+    """
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
+
+
 class _Gelu(torch.autograd.Function):
     """By the kernel, which adds the bias anew in the backward pass."""
 
@@ -80,7 +89,8 @@ def dense_dropout_add_norm(
 ) -> Tensor:
     """LayerNorm(residual + dropout(dense(rows))), [T, H]: in C in training with the keys [T], else by torch."""
     is_keyed = dropout.training and keys is not None
-    kernel = _kernel_for(dense, rows, residual, norm.weight, norm.bias) if is_keyed else None
+    is_plain_norm = is_keyed and is_plain(norm, nn.LayerNorm)
+    kernel = _kernel_for(dense, rows, residual, norm.weight, norm.bias) if is_plain_norm else None
     if kernel is None:
         normed: Tensor = norm(dropout(dense(rows), keys) + residual)
         return normed
@@ -128,9 +138,9 @@ def joint_products(rows: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, T
     """Return the products of ``rows`` with the weights of all layers, side by side, and the biases yet to be added.
 
     One matrix product in place of each layer's own, and one for the gradient of the rows, which need not be summed.
-    Where one is not a plain linear layer with a bias: the outputs of all, and None.
+    Where one is not a plain linear layer (`is_plain`) with a bias: the outputs of all, and None.
     """
-    linear = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is not None]
+    linear = [layer for layer in layers if is_plain(layer, nn.Linear) and layer.bias is not None]
     if len(linear) < len(layers):
         return torch.cat([layer(rows) for layer in layers], -1), None
     products: Tensor = _JointProducts.apply(rows, *(layer.weight for layer in linear))
@@ -139,7 +149,7 @@ def joint_products(rows: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, T
 
 def _kernel_for(dense: nn.Linear, rows: Tensor, *others: Tensor | None) -> native.Kernel | None:
     """Return the kernel if it can take over after the product of ``rows`` and the weights, before their bias."""
-    if type(dense) is not nn.Linear or rows.device.type != "cpu":
+    if not is_plain(dense, nn.Linear) or rows.device.type != "cpu":
         return None
     kernel = native.kernel()
     if kernel is None or not kernel.takes_products(rows, dense.weight, dense.bias, *others):

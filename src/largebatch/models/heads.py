@@ -5,11 +5,13 @@ Shapes: B sequences of padded length L; H the model's width; N masked positions;
 
 import dataclasses
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bert import ACTIVATION_FUNCTIONS, BertModel, initialize_weights
 from .config import BertConfig
 from .cross_entropy import linear_cross_entropy
+from .dense import is_plain
 from .dropout import Dropout, number_sites
 from .tied import TiedLookup
 
@@ -46,6 +48,9 @@ class BertLMPredictionHead(nn.Module):
 
     def loss(self, rows: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """[N, H], [N] and the decoder's [V, H] -> the summed cross-entropy and the number of right answers."""
+        if not is_plain(self.decoder, nn.Linear):
+            logits = self(rows).float()
+            return F.cross_entropy(logits, labels.long(), reduction="sum"), (logits.argmax(-1) == labels).sum()
         return linear_cross_entropy(self.transform(rows), weight, self.decoder.bias, labels)
 
 
@@ -104,8 +109,9 @@ class BertForPreTraining(nn.Module):
             Logits [N, V] in the order of ``masked_positions``, and [B, 2] (class 1: the second segment is random). With
             ``masked_labels``, in place of the first, `linear_cross_entropy`'s loss and count.
         """
-        weight = self.cls.predictions.decoder.weight
-        is_tied = weight is self.bert.embeddings.word_embeddings.weight
+        decoder, words = self.cls.predictions.decoder, self.bert.embeddings.word_embeddings
+        weight = decoder.weight
+        is_tied = weight is words.weight and is_plain(decoder, nn.Linear) and is_plain(words, nn.Embedding)
         lookup = TiedLookup(weight) if is_tied and masked_labels is not None and weight.device.type == "cpu" else None
         rows, _ = self.bert.encode(input_ids, token_type_ids, attention_mask, dropout_keys, masked_positions, lookup)
         masked_rows, first_rows = rows.split([len(masked_positions), len(input_ids)])
