@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from largebatch.errors import UserError
-from largebatch.models import BertConfig, BertForPreTraining
+from largebatch.models import BertConfig, BertForPreTraining, BertForQuestionAnswering
 from largebatch.models.config import ACTIVATIONS
 
 # Millions of parameters as Turc et al. (2019) print them; BERT-large as Devlin et al. (2019), who round to 340.
@@ -42,6 +42,23 @@ def test_round_trip_through_json() -> None:
     assert BertConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
+def test_names_of_classes_are_kept() -> None:
+    config = BertConfig.named("tiny", num_labels=3, labels=("no", "LABEL_1", "yes"))
+    fields = json.loads(json.dumps(config.to_hf()))
+    assert fields["id2label"] == {"0": "no", "1": "LABEL_1", "2": "yes"}
+    assert fields["label2id"] == {"no": 0, "LABEL_1": 1, "yes": 2}
+    assert "labels" not in fields
+    assert BertConfig.from_hf(fields | {"labels": ["another program's"]}) == config
+    assert BertConfig.from_hf(fields | {"id2label": {0: "no", 1: "LABEL_1", 2: "yes"}}) == config
+    assert len({config, BertConfig.from_hf(fields)}) == 1
+    for ids in ({"1": "a", "2": "b", "3": "c"}, {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}):
+        assert BertConfig.from_hf(fields | {"id2label": ids}).labels is None
+    # of another head's classes there is nothing to say
+    numbered = {"0": "LABEL_0", "1": "LABEL_1"}
+    assert dataclasses.replace(config, num_labels=2).to_hf()["id2label"] == numbered
+    assert BertForQuestionAnswering(config).config == BertConfig.named("tiny")
+
+
 def test_transformers_agrees_on_every_field() -> None:
     transformers = pytest.importorskip("transformers")
     ours = BertConfig.named("mini", vocab_size=77, hidden_act="relu", classifier_dropout=0.3, num_labels=5)
@@ -51,6 +68,8 @@ def test_transformers_agrees_on_every_field() -> None:
             assert getattr(theirs, name) == value, name
     assert theirs.num_labels == 5
     assert BertConfig.from_hf(theirs.to_dict()) == ours
+    named = dataclasses.replace(ours, labels=("a", "b", "c", "d", "e"))
+    assert BertConfig.from_hf(transformers.BertConfig(**named.to_hf()).to_dict()) == named
     defaults = transformers.BertConfig().to_dict()
     assert BertConfig.from_hf(defaults) == BertConfig()
 

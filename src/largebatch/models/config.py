@@ -41,6 +41,7 @@ class BertConfig:
         classifier_dropout: dropout before the classification head; None takes ``hidden_dropout_prob``.
         num_labels: classes of ``BertForSequenceClassification``.
         tie_word_embeddings: whether the masked-language-model head multiplies by the word embeddings.
+        labels: the names of the classes; None, or another number of them, calls them LABEL_0 and so on.
 
     Raises:
         UserError: if a value is out of its range, or the activation is not known.
@@ -66,6 +67,7 @@ class BertConfig:
     classifier_dropout: float | None = None
     num_labels: int = 2
     tie_word_embeddings: bool = True
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -128,8 +130,9 @@ class BertConfig:
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a ``config.json`` that transformers reads (without ``architectures``)."""
         fields = dataclasses.asdict(self)
-        num_labels = fields.pop("num_labels")
-        labels = [f"LABEL_{label}" for label in range(num_labels)]
+        num_labels, labels = fields.pop("num_labels"), fields.pop("labels")
+        if labels is None or len(labels) != num_labels:
+            labels = _numbered(num_labels)
         return {
             "model_type": "bert",
             **fields,
@@ -159,9 +162,19 @@ class BertConfig:
         if position_type != "absolute":
             raise UserError(f"{source}: position_embedding_type {position_type!r} is not supported, only 'absolute'")
         known = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name in fields}
-        if "num_labels" not in known and isinstance(fields.get("id2label"), dict):
-            known["num_labels"] = len(fields["id2label"])
+        known.pop("labels", None)  # which a config.json has in id2label
+        if isinstance(fields.get("id2label"), dict):
+            # of strings in JSON, and of integers in what transformers makes of it
+            names = {str(label): str(name) for label, name in fields["id2label"].items()}
+            known.setdefault("num_labels", len(names))
+            labels = tuple(names.get(str(label), "") for label in range(len(names)))
+            known["labels"] = labels if all(labels) and labels != _numbered(len(names)) else None
         try:
             return cls(**known)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
+
+
+def _numbered(num_labels: int) -> tuple[str, ...]:
+    """The names of classes that have none, as transformers gives them."""
+    return tuple(f"LABEL_{label}" for label in range(num_labels))

@@ -133,7 +133,7 @@ class BertForQuestionAnswering(nn.Module):
     def __init__(self, config: BertConfig, *, unpad: bool = True, checkpoint_layers: bool = False) -> None:
         super().__init__()
         # transformers makes this head as wide as num_labels says: what it reads must say 2
-        self.config = config = dataclasses.replace(config, num_labels=2)
+        self.config = config = dataclasses.replace(config, num_labels=2, labels=None)
         self.bert = BertModel(config, add_pooling_layer=False, unpad=unpad, checkpoint_layers=checkpoint_layers)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         initialize_weights(self.qa_outputs, config.initializer_range)
