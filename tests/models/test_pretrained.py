@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from largebatch.errors import UserError
 from largebatch.models import (
@@ -139,6 +141,61 @@ def test_tokenizer_is_saved_with_the_model(
     save_pretrained(BertModel(small_config), tmp_path / "export", tokenizer_files)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
     assert tokenizer("the Cats sat.")["input_ids"] == [2, 5, 6, 9, 8, 10, 3]
+
+
+def test_weights_can_be_read_by_whoever_may_read_the_config(small_config: BertConfig, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_pretrained(BertModel(small_config), tmp_path / "export")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "export").iterdir()}
+    assert modes == {"config.json": 0o644, "model.safetensors": 0o644}
+
+
+def test_classes_keep_their_names_when_saved_in_place(small_config: BertConfig, tmp_path: Path) -> None:
+    names = {"0": "bad", "1": "good", "2": "neither"}
+    model = BertForSequenceClassification(BertConfig.from_hf(small_config.to_hf() | {"id2label": names}))
+    for _ in range(2):
+        save_pretrained(model, tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["id2label"] == names
+        model = load_pretrained(BertForSequenceClassification, tmp_path)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_within(model: nn.Module) -> nn.Module:
+    model.bert.encoder.layer[1] = torch.compile(model.bert.encoder.layer[1], backend="eager")
+    return model
+
+
+WRAPPERS = {
+    "compiled": compiled,
+    "a layer compiled": compiled_within,
+    "averaged": AveragedModel,
+    "averaged and compiled": lambda model: compiled(AveragedModel(compiled(model))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_is_saved_and_loaded_under_its_own_names(
+    wrap: Callable[[nn.Module], nn.Module], small_config: BertConfig, tmp_path: Path
+) -> None:
+    model = BertForPreTraining(small_config)
+    plain = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    wrapped = wrap(model)
+    save_pretrained(wrapped, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BertForPreTraining"]
+    assert load_file(tmp_path / "model.safetensors").keys() == plain.keys()
+    for weights in (tmp_path, wrapped.state_dict()):
+        target = BertForPreTraining(small_config)
+        assert load_weights(target, weights) == []
+        assert all(torch.equal(parameter, plain[name]) for name, parameter in target.named_parameters())
+    target = wrap(BertForPreTraining(small_config))
+    assert load_weights(target, tmp_path) == []
+    assert all(map(torch.equal, target.parameters(), plain.values()))
 
 
 def test_saving_again_replaces_and_keeps_other_files(small_config: BertConfig, tmp_path: Path) -> None:

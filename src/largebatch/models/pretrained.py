@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from largebatch.errors import UserError
 
 from .config import BertConfig
-from .weights import match_names, read_weights
+from .weights import match_names, named_weights, read_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,7 +33,8 @@ def save_pretrained(
     Other files in an existing folder are kept. Tied tensors are stored once.
 
     Args:
-        model: one of the BERT models of this package.
+        model: one of the BERT models of this package, or what `torch.compile`, `DistributedDataParallel` or
+            `AveragedModel` made of it.
         directory: the folder to write; made where missing.
         tokenizer_files: files to copy into it: vocab.txt, tokenizer.json, tokenizer_config.json, ...
 
@@ -43,13 +44,13 @@ def save_pretrained(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    model = unwrapped(model)
     directory = Path(directory)
     copies = [Path(file) for file in tokenizer_files]
     for file in copies:
         if not file.is_file():
             raise UserError(f"{file}: no such tokenizer file")
-    # named_parameters() has each tied tensor once, under the name transformers stores
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in named_weights(model).items()}
     if "cls.predictions.bias" in weights and not model.config.tie_word_embeddings:
         # only where embeddings are tied does transformers know that this is the decoder's bias
         weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
@@ -61,8 +62,9 @@ def save_pretrained(
             partial = Path(folder)
             for file in copies:
                 shutil.copyfile(file, partial / file.name)
-            save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})  # transformers wants the format named
             (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(weights, partial / WEIGHTS_FILE, metadata={"format": "pt"})  # transformers wants the format named
+            shutil.copymode(partial / CONFIG_FILE, partial / WEIGHTS_FILE)  # safetensors lets the owner alone read it
             directory.mkdir(exist_ok=True)
             for name in [*(file.name for file in copies), WEIGHTS_FILE, CONFIG_FILE]:
                 os.replace(partial / name, directory / name)
@@ -123,7 +125,7 @@ def load_weights(
     Names may be transformers' of any era: with or without ``bert.`` in front, LayerNorms with gamma and beta.
 
     Args:
-        model: the model to fill, in place, in its own dtype and device.
+        model: the model to fill, in place, in its own dtype and device; wrapped or not, as for :func:`save_pretrained`.
         weights: a folder as for :func:`load_pretrained`, a weights file, or a state dict.
         source: where a state dict came from, for messages.
 
@@ -137,12 +139,20 @@ def load_weights(
     if not isinstance(weights, Mapping):
         source = source or str(weights)
         weights = read_weights(Path(weights))
+    model = unwrapped(model)
     found, fresh = match_names(model, weights, source or "the weights")
-    own = model.state_dict(keep_vars=True)
+    own = named_weights(model)
     with torch.no_grad():
         for name, tensor in found.items():
             own[name].copy_(tensor)
     return fresh
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model within what `torch.compile`, `DistributedDataParallel` or `AveragedModel` made of it."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
 
 
 def read_config(directory: str | os.PathLike[str]) -> BertConfig:

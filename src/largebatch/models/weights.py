@@ -75,7 +75,7 @@ def match_names(model: nn.Module, weights: Mapping[str, Tensor], source: str) ->
         UserError: if the encoder is not exactly the model's, or a shape differs.
     """
     bare = isinstance(model, BertModel)
-    wanted = {name if not bare else f"bert.{name}": parameter for name, parameter in model.named_parameters()}
+    wanted = {name if not bare else f"bert.{name}": parameter for name, parameter in named_weights(model).items()}
     given = {_modern_name(name): tensor for name, tensor in weights.items() if not _NOT_WEIGHTS.search(name)}
     if _DECODER_BIAS in given:  # of the two names, the one that transformers computes with
         given[_HEAD_BIAS] = given[_DECODER_BIAS]
@@ -101,7 +101,20 @@ def match_names(model: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     return found, [name.removeprefix(prefix) for name in missing]
 
 
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters under the names that they have without `torch.compile`.
+
+    Of a tied tensor's names it is the one under which transformers stores it.
+    """
+    return {_uncompiled(name): parameter for name, parameter in model.named_parameters()}
+
+
+def _uncompiled(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
 def _modern_name(name: str) -> str:
+    name = _uncompiled(name).removeprefix("module.")
     stem, _, last = name.rpartition(".")
     if stem.endswith("LayerNorm"):
         name = f"{stem}.{_LEGACY_NAMES.get(last, last)}"
