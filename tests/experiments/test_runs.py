@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, BertWordPieceTokenizer, Tokenizer
 
 from largebatch.cli import build_parser, main
 from largebatch.data import prepare
@@ -358,6 +358,104 @@ def test_a_vocabulary_alone_is_read_as_its_settings_say(tmp_path: Path, settings
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = open_encoder(tmp_path).tokenizer()
     assert tokenizer.encode(text, add_special_tokens=False).tokens == pieces
+
+
+def tokenizer_folder(folder: Path, vocabulary: list[str], config: dict | None = None, **files: dict | None) -> Path:
+    content = {**BertConfig.named("tiny", vocab_size=len(vocabulary)).to_hf(), **(config or {})}
+    for name, part in {"config": content, **files}.items():
+        if part is not None:
+            (folder / f"{name}.json").write_text(json.dumps(part))
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary), encoding="utf-8")
+    return folder
+
+
+PIECES = [
+    *SPECIAL_TOKENS,
+    *["the", "The", "cat", "Cat", "caf\u00e9", "cafe", "\u4e2d", "\u6587", "\u4e2d\u6587", "##s", "e", "1"],
+]
+TEXT = "The Cats caf\u00e9 \u4e2d\u6587 [E1] [e1]"
+E1 = {"content": "[E1]", "lstrip": False, "rstrip": False, "normalized": True, "single_word": False, "special": False}
+SETTINGS = [
+    {"do_lower_case": False},
+    {"do_lower_case": True},
+    {"do_lower_case": True, "strip_accents": False},
+    {"do_lower_case": False, "strip_accents": True},
+    {"do_lower_case": True, "tokenize_chinese_chars": False},
+]
+
+
+def assert_numbered_as_by_transformers(folder: Path) -> None:
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    ours = open_encoder(folder).tokenizer().encode(TEXT, add_special_tokens=False)
+    assert ours.ids == theirs(TEXT, add_special_tokens=False)["input_ids"], ours.tokens
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_settings_beside_a_whole_tokenizer_win(tmp_path: Path, settings: dict, lowercase: bool):
+    tokenizer = BertWordPieceTokenizer({piece: i for i, piece in enumerate(PIECES)}, lowercase=lowercase)
+    tokenizer.add_tokens([AddedToken(**E1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "BertTokenizer", **settings}
+    assert_numbered_as_by_transformers(tokenizer_folder(tmp_path, PIECES, tokenizer_config=settings))
+    (tmp_path / "vocab.txt").unlink()
+    assert_numbered_as_by_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"added_tokens": {"[E1]": len(PIECES)}},
+        {"decoder": {str(len(PIECES)): E1}},
+        {"decoder": {"2": {**E1, "content": "[CLS]"}, str(len(PIECES)): {**E1, "normalized": False, "special": True}}},
+    ],
+    ids=["a file", "settings", "settings of special tokens"],
+)
+def test_tokens_added_to_a_vocabulary_alone_are_read(tmp_path: Path, settings: dict, added: dict):
+    if "decoder" in added:
+        settings = {**settings, "added_tokens_decoder": added["decoder"]}
+    folder = tokenizer_folder(tmp_path, PIECES, tokenizer_config=settings, added_tokens=added.get("added_tokens"))
+    assert open_encoder(folder).tokenizer().token_to_id("[E1]") == len(PIECES)
+    assert_numbered_as_by_transformers(folder)
+
+
+def test_of_a_piece_that_is_there_twice_the_last_line_counts(tmp_path: Path):
+    """And lines that are empty count: a published vocabulary's ids are its lines."""
+    folder = tokenizer_folder(tmp_path, [*PIECES[:6], "the", "", *PIECES[6:]])
+    assert open_encoder(folder).tokenizer().token_to_id("the") == 6
+    assert_numbered_as_by_transformers(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"config": {"tokenizer_class": "BertJapaneseTokenizer"}},
+            "vocab.txt is of a BertJapaneseTokenizer, not of BERT's",
+        ),
+        ({"tokenizer_config": {"tokenizer_class": "BertweetTokenizer"}}, "vocab.txt is of a BertweetTokenizer, not of"),
+        (
+            {"added_tokens": {"[E1]": 99}},
+            r"vocab.txt: the added token '\[E1\]' has the number 99, which does not follow",
+        ),
+    ],
+)
+def test_a_vocabulary_that_is_not_all_of_a_tokenizer_is_refused(tmp_path: Path, files: dict, message: str):
+    folder = tokenizer_folder(tmp_path, PIECES, **files)
+    with pytest.raises(UserError, match=message):
+        open_encoder(folder).tokenizer()
+
+
+def test_a_vocabulary_that_is_no_berts_is_refused(tmp_path: Path):
+    folder = tokenizer_folder(tmp_path, ["[UNK]", "[PAD]", "the"], {"tokenizer_class": "BertTokenizerFast"})
+    with pytest.raises(
+        UserError, match=r"vocab\.txt: lacks \[CLS\] \[SEP\] \[MASK\]; put the vocab\.txt of a BERT there"
+    ):
+        open_encoder(folder).tokenizer()
+    (folder / "vocab.txt").write_bytes(b"the\n\xe9")
+    with pytest.raises(UserError, match=r"vocab\.txt: not UTF-8 at byte 4"):
+        open_encoder(folder).tokenizer()
 
 
 def test_a_run_is_evaluated_as_it_was_at_its_end(pretrained: Path, capsys):
