@@ -18,10 +18,11 @@ from largebatch.errors import UserError
 from largebatch.evaluate import SquadDataset, evaluate_squad, read_squad
 from largebatch.experiments.classification import ClassificationWorkload
 from largebatch.experiments.commands import _finetune_settings, configure
-from largebatch.experiments.config import override
+from largebatch.experiments.config import SquadConfig, SquadData, override
 from largebatch.experiments.evaluation import answer_file, evaluate_run
 from largebatch.experiments.recipes import get
 from largebatch.experiments.runner import Interrupted, run
+from largebatch.experiments.squad import SquadWorkload, windows
 from largebatch.experiments.transfer import open_encoder, run_weights
 from largebatch.models import BertConfig, BertForQuestionAnswering, save_pretrained
 from largebatch.train import checkpoint
@@ -311,10 +312,81 @@ def _model_and_questions(run_directory: Path, file: Path) -> tuple[torch.nn.Modu
     return model, read_squad(file), encoder.tokenizer()
 
 
+def exported(pretrained: Path, folder: Path, **changes: object) -> Path:
+    """A model that answers questions, in Hugging Face's format, with the tokenizer of a run."""
+    config = BertConfig.named("tiny", **{"vocab_size": 600, **changes})
+    save_pretrained(BertForQuestionAnswering(config), folder, open_encoder(pretrained).tokenizer_files)
+    return folder
+
+
+def squad_config(model: Path, questions: tuple[Path, Path], *settings: str) -> SquadConfig:
+    train, test = questions
+    files = [f"init={model}", f"data.train={train}", f"data.test={test}"]
+    return override(get("squad"), [*files, *settings])
+
+
 def test_a_model_of_few_positions_answers_in_short_windows(pretrained: Path, questions, tmp_path: Path):
-    config = BertConfig.named("tiny", vocab_size=600, max_position_embeddings=48)
-    save_pretrained(BertForQuestionAnswering(config), tmp_path / "hf", open_encoder(pretrained).tokenizer_files)
-    assert 0 <= answer_file(tmp_path / "hf", questions[1])["f1"] <= 100
+    folder = exported(pretrained, tmp_path / "hf", max_position_embeddings=48)
+    assert 0 <= answer_file(folder, questions[1])["f1"] <= 100
+    note = "windows cut to the model's 48 positions: max_seq_length 48, doc_stride 16, max_query_length 16"
+    assert SquadWorkload(squad_config(folder, questions)).notes == [note]
+    shorter = ["data.max_sequence_length=40", "data.document_stride=30", "data.max_query_length=30"]
+    assert SquadWorkload(squad_config(folder, questions, *shorter)).notes == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "positions", "expected"),
+    [
+        ((384, 128, 64), 512, (384, 128, 64)),
+        ((96, 90, 92), 512, (96, 90, 92)),
+        ((96, 90, 92), 96, (96, 90, 92)),
+        ((384, 128, 64), 300, (300, 100, 64)),
+        ((384, 20, 64), 5, (5, 1, 1)),
+        ((96, 90, 93), 512, "data.max_query_length is 93; in windows of 96 tokens it is at most 92"),
+        ((384, 128, 64), 4, "the model has max_position_embeddings 4; question and text need 5 positions"),
+    ],
+)
+def test_windows_are_as_asked_for_where_the_model_has_room(asked, positions: int, expected):
+    length, stride, query = asked
+    data = SquadData(max_sequence_length=length, document_stride=stride, max_query_length=query)
+    bert = BertConfig.named("tiny", max_position_embeddings=positions)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            windows(data, bert)
+    else:
+        assert tuple(windows(data, bert).values()) == expected
+
+
+def test_a_tokenizer_of_another_model_is_refused(pretrained: Path, questions, tmp_path: Path, capsys):
+    folder, out = exported(pretrained, tmp_path / "hf", vocab_size=300), tmp_path / "run"
+    for command in (
+        ["evaluate", str(folder), "--squad", str(questions[1])],
+        [*finetuning(folder, questions), "--out", str(out)],
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert f"{folder}: the tokenizer gives a token the number" in error
+        assert "but the model has 300 embeddings; put the model's own tokenizer there" in error
+    assert not out.exists()
+
+
+def test_names_of_another_heads_classes_are_left_out(pretrained: Path, questions, tmp_path: Path):
+    """A run's details say what the model is."""
+    folder = exported(pretrained, tmp_path / "hf")
+    workload = SquadWorkload(squad_config(folder, questions))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "bad", "1": "good"}}))
+    assert open_encoder(folder).config.labels == ("bad", "good")
+    assert SquadWorkload(squad_config(folder, questions)).details == workload.details
+
+
+def test_a_folder_that_is_no_run_is_told_from_one(pretrained: Path, tmp_path: Path, capsys):
+    folder = exported(pretrained, tmp_path / "hf")
+    assert main(["evaluate", str(folder)]) == 2
+    assert f"{folder} is a model in Hugging Face's format, not a run; name a file of" in capsys.readouterr().err
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert main(["evaluate", str(folder), "--squad", "questions.json"]) == 2
+    assert f"{folder / 'config.json'}: not the configuration of a BERT model" in capsys.readouterr().err
 
 
 def test_a_resumed_run_is_told_nothing_else(pretrained: Path, tuned: Path, questions, capsys):

@@ -4,17 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
-from largebatch.evaluate import evaluate_squad, read_predictions, read_squad, squad_score
+from largebatch.evaluate import answer_questions, read_predictions, read_squad, squad_features, squad_score
 from largebatch.experiments.config import SquadConfig, SquadData
 from largebatch.experiments.runner import build_workload, check_same_data, config_of
-from largebatch.experiments.squad import windows
+from largebatch.experiments.squad import check_words, windows
 from largebatch.experiments.transfer import open_encoder, run_weights
 from largebatch.models import BertForQuestionAnswering
 from largebatch.train import distributed
+from largebatch.train.metrics import read_json
 
 
 def evaluate_run(run: Path) -> dict[str, Any]:
     """The newest checkpoint of a run on its held-out data, by the last stage's measure."""
+    if "kind" not in read_json(run / "config.json"):
+        raise UserError(f"{run} is a model in Hugging Face's format, not a run; name a file of questions with --squad")
     config = config_of(run)
     workload = build_workload(config)
     check_same_data(run, workload)
@@ -37,8 +40,9 @@ def answer_file(model_path: Path, squad_file: Path) -> dict[str, Any]:
     config = config_of(model_path) if encoder.is_run else None
     data = config.data if isinstance(config, SquadConfig) else SquadData()
     dataset = read_squad(squad_file, on_bad_answer="skip")
-    score, _ = evaluate_squad(model, dataset, encoder.tokenizer(), **windows(data, encoder.config))
-    return {"split": squad_file.name, **score.metrics()}
+    features = squad_features(dataset.examples, encoder.tokenizer(), **windows(data, encoder.config))
+    check_words(features, encoder.config, model_path)
+    return {"split": squad_file.name, **squad_score(dataset, answer_questions(model, features)).metrics()}
 
 
 def score_file(squad_file: Path, predictions: Path) -> dict[str, Any]:

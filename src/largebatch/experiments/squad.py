@@ -29,13 +29,36 @@ from largebatch.train import GlobalBatch, MicroBatch
 
 
 def windows(data: SquadData, bert: BertConfig) -> dict[str, int]:
-    """The lengths of the windows, as `squad_features` takes them, cut to what the model has positions for."""
-    length = min(data.max_sequence_length, bert.max_position_embeddings)
-    return {
-        "max_seq_length": length,
-        "doc_stride": min(data.document_stride, length // 3),
-        "max_query_length": min(data.max_query_length, length // 3),
-    }
+    """The lengths of the windows, as `squad_features` takes them.
+
+    Where the model has fewer positions than a window is to have, stride and question are a third of those at most.
+
+    Raises:
+        UserError: a window has no room for a question and one token of the text.
+    """
+    length, stride, query = data.max_sequence_length, data.document_stride, data.max_query_length
+    if bert.max_position_embeddings < length:
+        length = bert.max_position_embeddings
+        stride, query = min(stride, length // 3), min(query, length // 3)
+        if length < 5:
+            raise UserError(f"the model has max_position_embeddings {length}; question and text need 5 positions")
+    if length < query + 4:
+        raise UserError(f"data.max_query_length is {query}; in windows of {length} tokens it is at most {length - 4}")
+    return {"max_seq_length": length, "doc_stride": stride, "max_query_length": query}
+
+
+def check_words(features: SquadFeatures, bert: BertConfig, source: Path) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Raises:
+        UserError: it gives a token a number for which the model has no embedding.
+    """
+    largest = int(features.token_ids.max(initial=0))
+    if largest >= bert.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer gives a token the number {largest}, but the model has {bert.vocab_size} "
+            "embeddings; put the model's own tokenizer there"
+        )
 
 
 class SquadWorkload:
@@ -56,7 +79,7 @@ class SquadWorkload:
         for index, stage in enumerate(config.stages):
             check_range(stage, f"stages.{index}.", batch_size=(1, math.inf))
         self._encoder = open_encoder(Path(config.init))
-        self.bert = self._encoder.config
+        self.bert = dataclasses.replace(self._encoder.config, labels=None)  # which are another head's
         self._windows = windows(config.data, self.bert)
         self._data = config.data
         self._tokenizer = self._encoder.tokenizer()
@@ -78,6 +101,9 @@ class SquadWorkload:
         }
         self.baselines: dict[str, float] = {}
         self.notes = [str(dataset) for dataset in [*training, self._test] if dataset.bad_answers]
+        if self._windows["max_seq_length"] < config.data.max_sequence_length:
+            lengths = ", ".join(f"{name} {length}" for name, length in self._windows.items())
+            self.notes.append(f"windows cut to the model's {self.bert.max_position_embeddings} positions: {lengths}")
         if config.random_encoder:
             self.notes.append("baseline: the encoder's weights are random")
 
@@ -99,7 +125,9 @@ class SquadWorkload:
 
     def features(self, examples: list[Any]) -> SquadFeatures:
         """The windows of some questions."""
-        return squad_features(examples, self._tokenizer, **self._windows)
+        features = squad_features(examples, self._tokenizer, **self._windows)
+        check_words(features, self.bert, self._encoder.folder)
+        return features
 
     def model(self) -> nn.Module:
         model = BertForQuestionAnswering(self.bert)
