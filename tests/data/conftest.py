@@ -1,7 +1,9 @@
 """Small synthetic corpora, in memory, whose tokens say where they came from."""
 
 import lzma
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +60,21 @@ def demo_documents() -> list[list[str]]:
 @pytest.fixture(scope="session")
 def demo_paragraphs(demo_documents: list[list[str]]) -> list[str]:
     return [paragraph for document in demo_documents for paragraph in document]
+
+
+@pytest.fixture
+def folder_of_nobody() -> Iterator[Path]:
+    """A folder and a process that modes hold for: root, who may do everything, is somebody else meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = os.geteuid() == 0
+        if root:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+            for path in Path(folder).rglob("*"):
+                if path.is_dir():
+                    path.chmod(0o700)

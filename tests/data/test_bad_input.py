@@ -4,9 +4,12 @@ Guards: silent skipping of a bad line or file, tracebacks, half-written corpora.
 """
 
 import bz2
+import errno
 import gzip
+import io
 import json
 import lzma
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,12 @@ CASES: dict[str, tuple[str, bytes | None, str]] = {
         r"a.txt, line 4: not UTF-8 at byte 46 \(0xe9\); convert the file, for example with `iconv -t UTF-8`",
     ),
     "utf-16": ("a.txt", GOOD.decode().encode("utf-16"), r"a.txt, line 1: not UTF-8 at byte 0"),
+    "utf-16 without a mark": (
+        "a.txt",
+        GOOD.decode().encode("utf-16-le"),
+        r"a.txt: full of NUL bytes, as UTF-16 is; convert the file with `iconv -f UTF-16LE -t UTF-8`",
+    ),
+    "name too long": ("a" * 260, None, "aaa: cannot be read: File name too long"),
     "cut in a character": ("a.txt", "naïve é".encode()[:-1], r"a.txt, line 1: not UTF-8 at byte 7"),
     "binary": ("a.txt", bytes(range(256)), r"a.txt, line 2: not UTF-8 at byte 128"),
     "json without the field": (
@@ -137,6 +146,9 @@ def test_bad_tables(tmp_path, vocab) -> None:
         prepare([tmp_path / "a.parquet"], tmp_path / "out", vocab=vocab)
     with pytest.raises(UserError, match=r"a.parquet: column 'n' holds int64, not text"):
         prepare([tmp_path / "a.parquet"], tmp_path / "out", vocab=vocab, text_field="n")
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice.parquet: 2 columns are named 'text'; give each a name of its own"):
+        prepare([tmp_path / "twice.parquet"], tmp_path / "out", vocab=vocab)
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"a.parquet: damaged or not a Parquet file"):
@@ -185,35 +197,82 @@ def test_a_library_that_is_not_installed_is_named(tmp_path, vocab, monkeypatch) 
         prepare(["hf:x"], tmp_path / "out", vocab=vocab)
 
 
-def test_an_unreadable_input_and_an_unwritable_output(tmp_path, vocab, monkeypatch) -> None:
-    import os
-
+def test_an_unreadable_input_and_an_unwritable_output(tmp_path, vocab) -> None:
     good = tmp_path / "good.txt"
     good.write_bytes(GOOD)
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be made: Not a directory"):
         prepare([good], tmp_path / "file" / "out", vocab=vocab)
-    if os.geteuid() != 0:  # root reads everything
-        good.chmod(0)
-        with pytest.raises(UserError, match=r"good.txt: cannot be read"):
-            prepare([good], tmp_path / "out", vocab=vocab)
+    with pytest.raises(UserError, match="cannot be made: File name too long"):
+        prepare([good], tmp_path / ("a" * 260), vocab=vocab)
+    with pytest.raises(UserError, match="aaa: cannot be read: File name too long"):
+        prepare([good], tmp_path / "out", vocab=tmp_path / ("a" * 260))
+
+
+def test_what_may_not_be_read(folder_of_nobody) -> None:
+    folder = folder_of_nobody
+    texts = folder / "texts"
+    (texts / "locked").mkdir(parents=True)
+    for path in (folder / "vocab.txt", texts / "locked" / "vocab.txt"):
+        path.write_text("\n".join([*SPECIAL_TOKENS, "one", "sentence", ".", "another", "a"]) + "\n")
+    for path in (texts / "good.txt", texts / "closed.txt", texts / "locked" / "good.txt"):
+        path.write_bytes(GOOD)
+    (texts / "closed.txt").chmod(0)
+    (texts / "locked").chmod(0)
+    vocab, out = folder / "vocab.txt", folder / "out"
+    for given, message in (
+        (texts / "closed.txt", "closed.txt: cannot be read: Permission denied"),
+        (texts / "locked" / "good.txt", "good.txt: cannot be read: Permission denied"),
+        (texts / "locked", "locked: cannot be read: Permission denied; change that or move it out of the input"),
+        (texts, "locked: cannot be read: Permission denied; change that or move it out of the input"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare([given], out, vocab=vocab)
+    with pytest.raises(UserError, match=r"vocab.txt: cannot be read: Permission denied"):
+        prepare([texts / "good.txt"], out, vocab=texts / "locked" / "vocab.txt")
+    for name in ("out", "deeper/out"):
+        with pytest.raises(UserError, match=r"out.partial: cannot be made: Permission denied"):
+            prepare([texts / "good.txt"], texts / "locked" / name, vocab=vocab)
+    (texts / ".hidden").mkdir(mode=0)  # which is no input
+    (texts / "locked").chmod(0o700)
+    (texts / "closed.txt").chmod(0o600)
+    manifest = prepare([texts], out, vocab=vocab)
+    assert [entry["name"] for entry in manifest.inputs] == [
+        "texts/closed.txt", "texts/good.txt", "texts/locked/good.txt", "texts/locked/vocab.txt",
+    ]  # fmt: skip
+
+
+def test_a_pipe_is_no_file(tmp_path, vocab) -> None:
+    """Nor is what the shell gives for `<(zcat ...)`; and it would be waited for."""
+    (tmp_path / "good.txt").write_bytes(GOOD)
+    os.mkfifo(tmp_path / "pipe.txt")
+    for given in (tmp_path / "pipe.txt", tmp_path):
+        with pytest.raises(UserError, match=r"pipe.txt: a pipe or a device, and the input is read more than once"):
+            prepare([given], tmp_path / "out", vocab=vocab)
+
+
+class FullDisk(io.BufferedWriter):
+    """Takes little; numpy, which writes past it, sees none of what it says, and no number of a real disk's error."""
+
+    def write(self, data) -> int:
+        if memoryview(data).nbytes > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
 
 
 def test_a_full_disk_is_named_and_the_work_kept(tmp_path, vocab, monkeypatch) -> None:
-    import errno
+    (tmp_path / "good.txt").write_bytes(GOOD * 999)
+    real = Path.open
 
-    from largebatch.data.tokenise import TokenBlock
-
-    (tmp_path / "good.txt").write_bytes(GOOD)
-
-    def full(self: TokenBlock, path: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def on_a_full_disk(self: Path, mode: str = "r", **options):
+        return FullDisk(io.FileIO(self, mode)) if mode == "wb" else real(self, mode, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TokenBlock, "save", full)
-        with pytest.raises(UserError, match=r"block: No space left on device; once that is mended, the same command"):
+        patch.setattr(Path, "open", on_a_full_disk)
+        with pytest.raises(UserError, match=r"out: No space left on device; once that is mended, the same command"):
             prepare([tmp_path / "good.txt"], tmp_path / "out", vocab=vocab)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
+    assert not list((tmp_path / "out.partial").glob("blocks-*/*"))
     prepare([tmp_path / "good.txt"], tmp_path / "out", vocab=vocab)
     assert not (tmp_path / "out.partial").exists()

@@ -199,6 +199,25 @@ def test_a_vocabulary_may_have_windows_line_ends_and_be_named_by_its_directory(t
         Vocabulary.read(tmp_path / "other.txt")
 
 
+def test_a_vocabulary_may_begin_with_a_byte_order_mark(tmp_path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, "the"]), encoding="utf-8-sig")
+    assert Vocabulary.read(tmp_path).tokens == (*SPECIAL_TOKENS, "the")
+
+
+@pytest.mark.parametrize("cased", [False, True])
+def test_a_vocabulary_is_for_text_of_its_own_case(tmp_path, cased: bool) -> None:
+    vocabulary = Vocabulary((*SPECIAL_TOKENS, "the"))
+    save_tokenizer(vocabulary, not cased, tmp_path)
+    message = "cased; give --cased .*lowercase=False" if cased else "uncased; leave out --cased .*lowercase=True"
+    for path in (tmp_path, tmp_path / "vocab.txt"):
+        assert Vocabulary.read(path, lowercase=not cased) == vocabulary
+        with pytest.raises(UserError, match=f"tokenizer_config.json: the vocabulary is {message}"):
+            Vocabulary.read(path, lowercase=cased)
+    for content in ("{}", "[]", "not JSON", '{"do_lower_case": null}'):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        assert Vocabulary.read(tmp_path, lowercase=cased) == vocabulary
+
+
 def test_a_vocabulary_may_hold_a_piece_that_is_blank(tmp_path) -> None:
     """As that of bert-base-chinese does: U+2028, at which some would break the line."""
     vocabulary = Vocabulary((*SPECIAL_TOKENS, "the", "\u2028", "##s"))

@@ -43,6 +43,7 @@ class Piece:
     first_line: int
     first_byte: int
     cut: bool = False  # the last document goes on in the next piece: it is longer than MAX_DOCUMENT_BYTES
+    continued: bool = False  # the first document began in the piece before
 
     def crc32(self, crc: int) -> int:
         crc = zlib.crc32(f"{self.kind} {self.name} {self.first_line}\n".encode("utf-8", "surrogateescape"), crc)
@@ -110,7 +111,7 @@ def _read_pieces(source: Source, text_field: str, advance: Progress) -> Iterator
 
 
 def _file_pieces(source: Source, advance: Progress) -> Iterator[Piece]:
-    line, offset, carry = 1, 0, b""
+    line, offset, carry, continued = 1, 0, b"", False
     with _open(source, advance) as read:
         while True:
             fresh = read(BLOCK_BYTES)
@@ -136,7 +137,8 @@ def _file_pieces(source: Source, advance: Progress) -> Iterator[Piece]:
                 if not cut:
                     continue
             content, carry = carry[:cut], carry[cut:]
-            yield Piece(source.kind, source.name, str(source.path), content, line, offset, cut_document)
+            yield Piece(source.kind, source.name, str(source.path), content, line, offset, cut_document, continued)
+            continued = cut_document
             line += content.count(b"\n")
             offset += cut
             if at_end:
@@ -204,6 +206,8 @@ def _parquet_rows(source: Source, text_field: str, advance: Progress) -> Iterato
         with pq.ParquetFile(source.path) as file:
             schema = file.schema_arrow
             _check_field(f"{source.path}", text_field, schema.names)
+            if (num := schema.names.count(text_field)) > 1:
+                raise UserError(f"{source.path}: {num} columns are named {text_field!r}; give each a name of its own")
             kind = schema.field(text_field).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise UserError(f"{source.path}: column {text_field!r} holds {kind}, not text; name another text field")
@@ -220,11 +224,10 @@ def dataset_fingerprint(source: Source) -> str:
     rows, builder = _load_dataset(source)
     if builder is None:
         return str(getattr(rows, "_fingerprint", f"{rows.num_rows} rows"))
-    found = [  # of local files the checksums, of others what their server says: a revision or an ETag
-        file_checksum(Path(file)) if Path(file).is_file() else origin
-        for files in (builder.config.data_files or {}).values()
-        for file, origin in zip(files, files.origin_metadata, strict=True)
-    ]
+    found: list[Any] = []  # of local files the checksums, of others what their server says: a revision or an ETag
+    for files in (builder.config.data_files or {}).values():
+        local = all(Path(file).is_file() for file in files)
+        found += [file_checksum(Path(file)) for file in files] if local else files.origin_metadata
     return sha256(repr(found or builder.hash).encode()).hexdigest()[:16]
 
 
@@ -239,9 +242,14 @@ def dataset_bytes(source: Source, text_field: str) -> int:
 
 def _dataset_rows(source: Source, text_field: str) -> Iterator[str | None]:
     rows = _select_field(_load_dataset(source)[0], source, text_field)
-    for batch in rows.iter(batch_size=_ROWS):
-        _check_field(source.name, text_field, list(batch))
-        yield from batch[text_field]
+    try:
+        for batch in rows.iter(batch_size=_ROWS):
+            _check_field(source.name, text_field, list(batch))
+            yield from batch[text_field]
+    except (UserError, UnicodeDecodeError):
+        raise
+    except _dataset_errors() as error:
+        raise UserError(f"{source.name}: damaged, or out of reach: {_first_line(error)}") from None
 
 
 def _load_dataset(source: Source) -> tuple[Any, Any]:
@@ -256,14 +264,36 @@ def _load_dataset(source: Source) -> tuple[Any, Any]:
     name, config, split = source.dataset
     try:
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-            loaded = datasets.load_from_disk(name)
-            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-            return rows, None
+            return _saved_rows(source, datasets.load_from_disk(name)), None
         builder = datasets.load_dataset_builder(name, config)
-        return builder.as_streaming_dataset(split=split), builder
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source.name}: the data set cannot be loaded: {reason}") from None
+        return builder.as_streaming_dataset(split=split or "train"), builder
+    except UserError:
+        raise
+    except _dataset_errors() as error:
+        raise UserError(f"{source.name}: the data set cannot be loaded: {_first_line(error)}") from None
+
+
+def _saved_rows(source: Source, loaded: Any) -> Any:
+    """Those of the split that was named, of what `save_to_disk` wrote."""
+    assert source.dataset is not None
+    name, config, split = source.dataset
+    if config is not None:
+        raise UserError(f"{source.name}: a saved data set has no configurations; a split of it is hf:{name}::{config}")
+    if isinstance(loaded, dict):
+        return loaded[split or "train"]
+    if split not in (None, str(loaded.split)):
+        raise UserError(f"{source.name}: the data set was saved without splits; name it as hf:{name}")
+    return loaded
+
+
+def _dataset_errors() -> tuple[type[Exception], ...]:
+    from datasets.exceptions import DatasetsError
+
+    return (OSError, ValueError, KeyError, DatasetsError)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _select_field(rows: Any, source: Source, text_field: str) -> Any:

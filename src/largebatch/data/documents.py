@@ -8,6 +8,8 @@ from largebatch.errors import UserError
 from .blocks import Piece
 
 Document = list[str]
+# Of the bytes: half of them in UTF-16 of Latin letters, hardly one in UTF-8.
+_MANY_NULS = 0.25
 
 
 def documents_of(piece: Piece, text_field: str) -> Iterator[Document]:
@@ -17,7 +19,7 @@ def documents_of(piece: Piece, text_field: str) -> Iterator[Document]:
     document, which may be empty, and whose line breaks separate paragraphs.
 
     Raises:
-        UserError: not UTF-8, no JSON object in a line, no text in its text field.
+        UserError: not UTF-8, or UTF-16 that can be read as such, no JSON object in a line, no text in its text field.
     """
     if isinstance(piece.content, list):
         for row, text in enumerate(piece.content, piece.first_line):
@@ -42,13 +44,18 @@ def _decode(piece: Piece, content: bytes) -> str:
     if piece.first_byte == 0 and content.startswith(b"\xef\xbb\xbf"):
         content = content[3:]
     try:
-        return content.decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = piece.first_line + content.count(b"\n", 0, error.start)
         raise UserError(
             f"{piece.where}, line {line}: not UTF-8 at byte {piece.first_byte + error.start} "
             f"(0x{content[error.start]:02x}); convert the file, for example with `iconv -t UTF-8`"
         ) from None
+    if content.count(0) > _MANY_NULS * len(content):
+        raise UserError(
+            f"{piece.where}: full of NUL bytes, as UTF-16 is; convert the file with `iconv -f UTF-16LE -t UTF-8`"
+        )
+    return text
 
 
 def _json_documents(piece: Piece, content: bytes, text_field: str) -> Iterator[Document]:

@@ -23,7 +23,7 @@ from .wordpiece import train_vocabulary
 from .workspace import Workspace
 
 # Changes whenever the same input and settings would give other bytes, so that no half-done work is carried over.
-_PROCEDURE = 2
+_PROCEDURE = 3
 # A compressed file is taken to hold this many times its size when work is planned.
 _EXPANSION = 4
 # Below this a pool of processes saves less than a second or two, and asks of the caller that its script be importable.
@@ -62,11 +62,12 @@ def prepare(
     Args:
         inputs: files (.txt, .jsonl, .json with an object per line, .parquet; the first three also .gz, .xz, .bz2;
             any other name is read as text), directories of them, or Hugging Face data sets, each
-            ``hf:NAME[:CONFIG][:SPLIT]``; one of them or several. `out` inside a directory is left out of it.
+            ``hf:NAME[:CONFIG][:SPLIT]``; one of them or several. Corpora inside a directory are left out of it.
         out: directory to make.
         vocab_size: of the vocabulary to train, the special tokens included; a small input may give fewer.
         vocab: a vocab.txt (or a directory with one) to use instead.
-        lowercase: lower-case and strip accents, as BERT's uncased models do; a given `vocab` must have been made so.
+        lowercase: lower-case and strip accents, as BERT's uncased models do; a given `vocab` must have been made so,
+            which a tokenizer_config.json beside it is asked for.
         text_field: field or column that holds the text in JSON lines, Parquet and data sets.
         heldout: share of the documents put apart for evaluation, by a hash of their content.
         drop_duplicates: leave out documents equal to an earlier one; False keeps and only counts them.
@@ -108,7 +109,8 @@ def prepare_part(
         settings: as for `prepare`, the same for all parts and for the call of `prepare` that ends the work.
 
     Returns:
-        The number of blocks of this part, those included that an earlier, interrupted run had done.
+        The number of blocks of this part, those included that an earlier, interrupted run had done; 0 if `out` is
+        already the corpus asked for.
 
     Raises:
         UserError: bad input; the work of other parts is left alone.
@@ -150,8 +152,8 @@ def _prepare(
     if vocab_sample_bytes < 1 or shard_tokens < 1:
         raise UserError("vocab_sample_bytes and shard_tokens must be at least 1")
     workspace = Workspace(out, part)
-    sources = find_sources(inputs, skip=(workspace.out, workspace.directory))
-    given_vocabulary = Vocabulary.read(vocab) if vocab is not None else None
+    sources = find_sources(inputs)
+    given_vocabulary = Vocabulary.read(vocab, lowercase=lowercase) if vocab is not None else None
     settings: dict[str, Any] = {
         "procedure": _PROCEDURE,
         "lowercase": lowercase,

@@ -1,5 +1,6 @@
 """A WordPiece vocabulary as the training instances need it."""
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,21 +37,30 @@ class Vocabulary:
         return np.array([token.startswith("##") for token in self.tokens], dtype=bool)
 
     @classmethod
-    def read(cls, path: str | Path) -> "Vocabulary":
+    def read(cls, path: str | Path, *, lowercase: bool | None = None) -> "Vocabulary":
         """Read a vocab.txt, one piece per line.
 
+        Args:
+            path: the file, or a directory that holds it.
+            lowercase: whether its text will be lower-cased, for a tokenizer_config.json beside it to agree with.
+
         Raises:
-            UserError: no such file, not UTF-8, an empty or repeated line, or a special token missing.
+            UserError: no such file, not UTF-8, an empty or repeated line, a special token missing, or a vocabulary of
+                the other case.
         """
         path = Path(path)
-        if path.is_dir():
-            path = path / "vocab.txt"
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such vocabulary file")
         try:
-            text = path.read_bytes().decode("utf-8")
+            if path.is_dir():
+                path = path / "vocab.txt"
+            if not path.is_file():
+                raise UserError(f"{path}: there is no such vocabulary file")
+            text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 at byte {error.start}; a vocabulary is UTF-8 text") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if lowercase is not None:
+            _check_case(path.with_name("tokenizer_config.json"), lowercase)
         tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
         seen: dict[str, int] = {}
         for number, token in enumerate(tokens, 1):
@@ -63,3 +73,13 @@ class Vocabulary:
         if missing:
             raise UserError(f"{path}: lacks {' '.join(missing)}; add each as a line of its own, or train a vocabulary")
         return cls(tuple(tokens))
+
+
+def _check_case(path: Path, lowercase: bool) -> None:
+    try:
+        made_so = json.loads(path.read_bytes()).get("do_lower_case")
+    except (OSError, ValueError, AttributeError):  # none, or none of a tokenizer
+        return
+    if isinstance(made_so, bool) and made_so != lowercase:
+        what = "uncased; leave out --cased" if made_so else "cased; give --cased"
+        raise UserError(f"{path}: the vocabulary is {what} (in Python, lowercase={made_so})")

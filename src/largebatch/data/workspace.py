@@ -30,7 +30,7 @@ class Workspace:
     """
 
     def __init__(self, out: Path, part: tuple[int, int] | None = None) -> None:
-        self.out = Path(os.path.realpath(out)) if out.is_symlink() else out
+        self.out = Path(os.path.realpath(out)) if os.path.islink(out) else out
         self._part = part
         if not self.out.name:
             raise UserError(f"{out}: name a directory to make")
@@ -40,11 +40,12 @@ class Workspace:
         self._done = False
 
     def __enter__(self) -> "Workspace":
-        if not (self.out / MANIFEST_NAME).is_file():
+        is_corpus = os.path.isfile(self.out / MANIFEST_NAME)  # False where it cannot be asked, which `mkdir` will say
+        if not is_corpus:
             self._check_no_mount()
-        if os.path.lexists(self.out) and not self.out.is_dir():
+        if os.path.lexists(self.out) and not os.path.isdir(self.out):
             raise UserError(f"{self.out}: a file of that name is in the way; choose another output directory")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / MANIFEST_NAME).is_file():
+        if os.path.isdir(self.out) and any(self.out.iterdir()) and not is_corpus:
             raise UserError(f"{self.out}: not empty and not a corpus; choose another output directory or empty it")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
