@@ -156,6 +156,49 @@ def test_what_is_made_is_not_read(tmp_path, vocab, monkeypatch) -> None:
         prepare([tmp_path], tmp_path, vocab=vocab)
 
 
+def test_what_others_made_is_not_read(tmp_path, vocab, monkeypatch) -> None:
+    """Corpora lie beside the text, finished or not; a folder of a like name, or one with a manifest, is text."""
+    text = write_text(tmp_path / "a.txt", DOCUMENTS)
+    prepare([text], tmp_path / "finished", vocab=vocab)
+    prepare_part([text], tmp_path / "begun", (1, 1), vocab=vocab)
+    for folder in ("mine.partial", "listed"):
+        (tmp_path / folder).mkdir()
+        write_text(tmp_path / folder / "b.txt", [[f"Of {folder}."]])
+    (tmp_path / "listed" / "manifest.json").write_text('{"text": "A manifest."}')
+    manifest = prepare([tmp_path], tmp_path / "out", vocab=vocab)
+    assert [entry["name"].split("/", 1)[1] for entry in manifest.inputs] == [
+        "a.txt", "listed/b.txt", "listed/manifest.json", "mine.partial/b.txt",
+    ]  # fmt: skip
+    for folder in ("finished", "begun.partial"):
+        with pytest.raises(UserError, match=f"{folder}: made by `largebatch prepare`, not text; name what it was made"):
+            prepare([tmp_path / folder], tmp_path / "bad", vocab=vocab)
+
+
+def test_linked_directories_are_read_once(tmp_path) -> None:
+    from largebatch.data.sources import find_sources
+
+    for folder in ("in/own", "elsewhere/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_text(tmp_path / folder / "x.txt", DOCUMENTS)
+    for name, target in {
+        "in/a": "in/own",  # read by its own name
+        "in/b": "elsewhere",
+        "in/c": "elsewhere",  # once
+        "in/own/up": "in",
+        "in/own/higher": ".",
+        "elsewhere/back": "in",
+        "in/.hidden": "elsewhere",
+    }.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+    (tmp_path / "in/linked.txt").symlink_to(tmp_path / "in/own/x.txt")
+    (tmp_path / "in/nothing").symlink_to(tmp_path / "nothing")
+    names = [source.name for source in find_sources(tmp_path / "in")]
+    assert names == ["in/b/deep/x.txt", "in/linked.txt", "in/own/x.txt"]
+    (tmp_path / "elsewhere/nothing.txt").symlink_to(tmp_path / "nothing.txt")
+    with pytest.raises(UserError, match=r"in/b/nothing.txt: a link to a file that is not there$"):
+        find_sources(tmp_path / "in")
+
+
 def test_a_file_name_that_is_not_text(tmp_path, vocab) -> None:
     try:
         source = write_text(tmp_path / os.fsdecode(b"caf\xe9.txt"), DOCUMENTS)
@@ -186,11 +229,38 @@ def test_hugging_face_data_sets(tmp_path, vocab, monkeypatch) -> None:
         assert read_back(out) == expected[:count], name
     with pytest.raises(UserError, match="no column 'body'; there are"):
         prepare([f"hf:{tmp_path / 'saved'}"], tmp_path / "bad", vocab=vocab, text_field="body")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        prepare([f"hf:{tmp_path / 'splits'}:other_config:nosuch"], tmp_path / "bad", vocab=vocab)
+    for name, message in {
+        "splits::nosuch": "cannot be loaded: 'nosuch'",
+        "splits:train[:50%]": r"cannot be loaded: 'train\[:50%\]'",
+        "splits:other": "has no configurations; a split of it is hf:.*splits::other",
+        "saved:validation": "was saved without splits; name it as hf:.*saved$",
+        "saved:other:": "has no configurations",
+        "files:train[:50%]": r"cannot be loaded: .*train\[:50%\]",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            prepare([f"hf:{tmp_path / name}"], tmp_path / "bad", vocab=vocab)
     with pytest.raises(UserError, match="is named hf:NAME"):
         prepare(["hf:a:b:c:d"], tmp_path / "bad", vocab=vocab)
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_data_set_of_files_with_others_beside_them(tmp_path, vocab, monkeypatch) -> None:
+    """What is no data does not count; a line that is no JSON is the user's to mend."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    pytest.importorskip("datasets")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    lines = "".join(json.dumps({"text": "\n".join(document)}) + "\n" for document in DOCUMENTS)
+    (folder / "data.jsonl").write_text(lines)
+    manifest = prepare(f"hf:{folder}", tmp_path / "out", vocab=vocab, heldout=0.0)
+    (folder / "stats.png").write_bytes(b"\x89PNG")
+    (folder / "notes.txt").write_text("not this")
+    assert prepare(f"hf:{folder}", tmp_path / "out", vocab=vocab, heldout=0.0) == manifest
+    (folder / "data.jsonl").write_text(lines + '{"text": "cut sho\n')
+    with pytest.raises(UserError, match=r"files: damaged, or out of reach: .*JSON") as caught:
+        prepare(f"hf:{folder}", tmp_path / "bad", vocab=vocab)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_changed_data_set_is_another_input(tmp_path, vocab, monkeypatch) -> None:
@@ -343,18 +413,22 @@ def test_a_huge_document_is_cut_between_lines(tmp_path, vocab, monkeypatch, smal
     monkeypatch.setattr(sys.modules["largebatch.data.blocks"], "MAX_DOCUMENT_BYTES", 50_000)
     paragraphs = [f"Paragraph number {i} of a document without an end." for i in range(3000)]
     manifest = prepare([write_text(tmp_path / "a.txt", [paragraphs])], tmp_path / "out", vocab=vocab, heldout=0.0)
-    cut = manifest.report["documents"]["cut"]
-    assert cut >= 2
-    assert manifest.report["documents"]["train"] == cut + 1
+    documents = manifest.report["documents"]
+    assert (documents["read"], documents["cut"]) == (1, 1)
+    assert documents["train"] >= 3
     sentences = " / ".join(read_back(tmp_path / "out")).split(" / ")
     assert sentences == expected_documents(vocab, [[p] for p in paragraphs])
+    several = write_text(tmp_path / "b.txt", [["Before."], paragraphs, ["Between."], paragraphs[::-1], ["After."]])
+    more = prepare([several], tmp_path / "more", vocab=vocab, heldout=0.0).report["documents"]
+    assert (more["read"], more["cut"]) == (5, 2)
 
 
 def test_a_document_without_line_or_space_is_cut_between_characters(tmp_path, vocab, monkeypatch, small_blocks) -> None:
     monkeypatch.setattr(sys.modules["largebatch.data.blocks"], "MAX_DOCUMENT_BYTES", 50_000)
     (tmp_path / "a.txt").write_text("é€😀" * 20_000, encoding="utf-8")
     manifest = prepare([tmp_path / "a.txt"], tmp_path / "out", vocab=vocab, heldout=0.0)
-    assert manifest.report["documents"]["cut"] >= 2
+    assert manifest.report["documents"]["cut"] == 1
+    assert manifest.report["documents"]["train"] >= 3
     assert manifest.report["characters"] == 60_000
 
 
@@ -394,7 +468,7 @@ def test_the_report_counts_what_is_there(tmp_path, vocab) -> None:
     from largebatch.data import PretrainingInstances
 
     documents = [*DOCUMENTS, ["漢字 and words."]]
-    source = write_text(tmp_path / "a.txt", documents)
+    source = write_text(tmp_path / "a.txt", documents + documents[:9])
     manifest = prepare([source], tmp_path / "out", vocab=vocab, heldout=0.2)
     corpus = Corpus.open(tmp_path / "out")
     splits = [corpus.split("train"), corpus.split("heldout")]
@@ -567,18 +641,30 @@ def test_what_a_killed_run_still_writes_is_its_own(tmp_path, monkeypatch) -> Non
     """The same block saved by two at once: what the other has begun must be neither touched nor taken."""
     from largebatch.data.tokenise import TokenBlock
 
-    block = TokenBlock(*[np.arange(3)] * 6)
-    written = np.save
+    block = TokenBlock(*[np.arange(3)] * 7)
+    written = np.lib.format.write_array_header_1_0
 
-    def save(*arguments) -> None:
-        monkeypatch.setattr(np, "save", written)
+    def write(*arguments) -> None:
+        monkeypatch.setattr(np.lib.format, "write_array_header_1_0", written)
         block.save(tmp_path / "1.block")  # by the other, from beginning to end, when this one has begun
         written(*arguments)
 
-    monkeypatch.setattr(np, "save", save)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", write)
     block.save(tmp_path / "1.block")
     assert [path.name for path in tmp_path.iterdir()] == ["1.block"]
     assert TokenBlock.load(tmp_path / "1.block").tokens.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"nothing of ours" * 99, None], ids=repr)
+def test_a_damaged_block_is_made_again(tmp_path, vocab, damage: bytes | None) -> None:
+    """Such as a machine leaves that lost its power; None: the block without its end."""
+    source = write_text(tmp_path / "a.txt", DOCUMENTS)
+    prepare([source], tmp_path / "whole", vocab=vocab)
+    prepare_part([source], tmp_path / "out", (1, 1), vocab=vocab)
+    (block,) = tmp_path.glob("out.partial/blocks-*/*.block")
+    block.write_bytes(block.read_bytes()[:-1] if damage is None else damage)
+    prepare([source], tmp_path / "out", vocab=vocab)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 def test_finished_blocks_serve_however_the_path_is_spelled(tmp_path, vocab, monkeypatch) -> None:
@@ -627,6 +713,19 @@ def test_parts_make_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "parts.partial").exists()
     assert prepare_part([text], tmp_path / "parts", (1, 4), **settings) == 0
     assert not (tmp_path / "parts.partial").exists()
+
+
+def test_a_part_of_a_complete_corpus_is_said_to_be_none(tmp_path: Path, vocab: Path, capsys) -> None:
+    from largebatch.cli import main
+
+    text, out = write_text(tmp_path / "in.txt", DOCUMENTS), tmp_path / "out"
+    command = ["prepare", str(text), "--out", str(out), "--vocab", str(vocab)]
+    assert main([*command, "--part", "1/1"]) == 0
+    assert f"part 1/1 is done, in {out}.partial" in capsys.readouterr().out
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--part", "1/1"]) == 0
+    assert capsys.readouterr().out == f"corpus: {out}, complete already: there is nothing to do for part 1/1\n"
 
 
 def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def assemble(
         raise UserError("no document in the input: every one is empty")
     writers = {name: SplitWriter(directory / name, dtype, settings["shard_tokens"]) for name in ("train", "heldout")}
     counts = np.zeros(3, dtype=np.int64)
-    num_unknown = first = 0
+    num_unknown = num_characters = first = 0
     sentence_histogram, document_histogram = LengthHistogram(), LengthHistogram()
     for path in paths:
         block = TokenBlock.load(path)
@@ -50,6 +50,7 @@ def assemble(
         writers["heldout"].append(block, kept & held)
         counts += block.counts
         num_unknown += int(block.unknown[kept].sum())
+        num_characters += int(block.characters[kept].sum())
         sentence_histogram.add(block.sentence_lengths[np.repeat(kept, block.document_lengths)])
         document_histogram.add(document_tokens(block)[kept])
         stage.advance(1)
@@ -76,7 +77,7 @@ def assemble(
         notes.append("no document is held out: there is but one different document")
     report = {
         "documents": {
-            "read": len(table.hashes) + int(counts[0]),
+            "read": len(table.hashes) + int(counts[0]) - int(counts[2]),
             "train": splits["train"]["documents"],
             "heldout": splits["heldout"]["documents"],
             "empty": int(counts[0]),
@@ -85,7 +86,7 @@ def assemble(
         },
         "sentences": sum(split["sentences"] for split in splits.values()),
         "tokens": num_tokens,
-        "characters": int(counts[2]),
+        "characters": num_characters,
         "unknown_tokens": num_unknown,
         "unknown_rate": num_unknown / num_tokens,
         "document_tokens": document_histogram.bins(),

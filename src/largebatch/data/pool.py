@@ -11,7 +11,7 @@ from pathlib import Path
 from .blocks import Block, read_blocks
 from .progress import Stage
 from .sources import Source
-from .tokenise import BlockTokeniser
+from .tokenise import BlockTokeniser, TokenBlock
 from .vocabulary import Vocabulary
 
 _tokeniser: BlockTokeniser | None = None
@@ -64,7 +64,7 @@ def tokenise_blocks(
             for piece in block:
                 crc = piece.crc32(crc)
             paths.append(directory / f"{number:07d}-{crc:08x}.block")
-            if not paths[-1].exists():
+            if not TokenBlock.is_whole(paths[-1]):
                 yield block, paths[-1]
 
     if workers == 1:

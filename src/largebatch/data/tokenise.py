@@ -24,12 +24,14 @@ class TokenBlock:
     """The documents of one block, empty ones left out.
 
     Attributes:
-        hashes: uint64, of each document's text; equal for documents that differ in white space alone.
+        hashes: uint64, of each document's text; equal for the same paragraphs, whatever white space is within and
+            between them.
         tokens: token ids of all sentences in a row.
         sentence_lengths: tokens of each sentence, none zero.
         document_lengths: sentences of each document, none zero.
         unknown: unknown tokens of each document.
-        counts: [documents without a token, documents that were cut, characters].
+        characters: of each document.
+        counts: [documents without a token, documents cut for length, further parts of these].
     """
 
     hashes: NDArray[np.uint64]
@@ -37,19 +39,34 @@ class TokenBlock:
     sentence_lengths: NDArray[np.uint32]
     document_lengths: NDArray[np.uint32]
     unknown: NDArray[np.uint32]
+    characters: NDArray[np.uint32]
     counts: NDArray[np.int64]
 
     def save(self, path: Path) -> None:
         temporary = path.with_suffix(f".{uuid4().hex}.tmp")  # which no worker of a killed run can be writing, too
-        with temporary.open("wb") as file:
-            for field in fields(self):
-                np.save(file, getattr(self, field.name))
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                for field in fields(self):
+                    values = getattr(self, field.name)
+                    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+                    file.write(values.data)  # `np.save` does not say that a disk is full
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "TokenBlock":
         with path.open("rb") as file:
             return cls(*(np.load(file) for _ in fields(cls)))
+
+    @classmethod
+    def is_whole(cls, path: Path) -> bool:
+        """Is there a block, and can it be read? A machine that lost its power may have left an empty file."""
+        try:
+            cls.load(path)
+        except (OSError, EOFError, ValueError):
+            return False
+        return True
 
     @staticmethod
     def load_hashes(path: Path) -> NDArray[np.uint64]:
@@ -73,8 +90,7 @@ class BlockTokeniser:
         self.dtype = np.uint16 if len(vocabulary) < 1 << 16 else np.uint32
 
     def __call__(self, block: Block) -> TokenBlock:
-        tokens, sentence_lengths, document_lengths, hashes, unknown = [], [], [], [], []
-        num_characters = 0
+        tokens, sentence_lengths, document_lengths, hashes, unknown, characters = [], [], [], [], [], []
         documents = [document for piece in block for document in documents_of(piece, self._text_field)]
         for lot in _lots(documents):
             sentences: list[str] = []
@@ -85,7 +101,7 @@ class BlockTokeniser:
                     sentences += split_sentences(paragraph)
                 num_sentences[index] = len(sentences) - before
                 text = "\n".join(document)
-                num_characters += len(text)
+                characters.append(len(text))
                 hashes.append(blake2b(text.encode(), digest_size=8).digest())
             lot_tokens, lengths = self._encoder.encode(sentences)
             document_of = np.repeat(np.arange(len(lot)), num_sentences)
@@ -102,7 +118,15 @@ class BlockTokeniser:
             sentence_lengths=_joined(sentence_lengths, np.uint32),
             document_lengths=document_lengths_all[kept],
             unknown=_joined(unknown, np.uint32)[kept],
-            counts=np.array([(~kept).sum(), sum(piece.cut for piece in block), num_characters], dtype=np.int64),
+            characters=np.array(characters, dtype=np.uint32)[kept],
+            counts=np.array(
+                [
+                    (~kept).sum(),
+                    sum(piece.cut and not piece.continued for piece in block),
+                    sum(piece.continued for piece in block),
+                ],
+                dtype=np.int64,
+            ),
         )
 
 

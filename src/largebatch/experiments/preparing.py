@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from largebatch import data
+from largebatch.data.manifest import MANIFEST_NAME
 from largebatch.errors import UserError
 
 
@@ -20,6 +21,9 @@ def prepare(options: argparse.Namespace) -> int:
     }
     if options.part is not None:
         blocks = data.prepare_part(options.inputs, options.out, _part(options.part), **settings)
+        if (options.out / MANIFEST_NAME).is_file():
+            print(f"corpus: {options.out}, complete already: there is nothing to do for part {options.part}")
+            return 0
         print(f"part {options.part} is done, in {options.out}.partial (blocks of about 4 MB: {blocks})")
         print("When all parts are done, the same command without --part puts them together.")
         return 0
