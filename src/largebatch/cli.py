@@ -80,12 +80,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--out", type=Path, required=True, help="folder for the corpus")
     prepare.add_argument(
-        "--vocab", type=Path, help="a vocab.txt to use; without it a vocabulary is trained on the text"
+        "--vocab", type=Path, help="a vocab.txt to use, or a folder with one; otherwise one is trained on the text"
     )
     prepare.add_argument(
         "--vocab-size", type=int, default=30522, help="size of the trained vocabulary (default: %(default)s)"
     )
-    prepare.add_argument("--cased", action="store_true", help="keep upper case and accents")
+    prepare.add_argument(
+        "--cased",
+        action="store_true",
+        help="keep upper case and accents; a tokenizer_config.json beside --vocab has to say the same",
+    )
     prepare.add_argument(
         "--text-field", default="text", help="field of JSONL, Parquet and hf: inputs (default: %(default)s)"
     )
