@@ -105,8 +105,8 @@ class Workspace:
                 return manifest
             if not overwrite:
                 raise UserError(
-                    f"{self.out}: already holds a corpus of other inputs or settings, or by another largebatch; choose another "
-                    "directory, or delete it first (in Python, or overwrite=True)"
+                    f"{self.out}: already holds a corpus of other inputs or settings, or by another largebatch; "
+                    "choose another directory, or delete it first (in Python, or overwrite=True)"
                 )
         self._check_no_mount()
         self._replace = True
