@@ -66,6 +66,37 @@ def test_a_wrong_override_is_one_clear_line(assignment, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        # The default's value, as any other.
+        ("bert-large-32768", ["optim.lr=1e-3"], r"optim\.lr has no effect: .* set stages\.0\.learning_rate and so on"),
+        ("bert-large-32768", ["stages.0.learning_rate=none", "optim.lr=1e-3"], None),
+        ("lenet-mnist", ["stages.0.learning_rate=1e-2"], None),  # the recipe's own optim.lr is nobody's wish
+        ("bert-large-32768", ["stages.0.learning_rate=1e-3"], None),
+        (
+            "bert-large-32768",
+            ["stages.1.learning_rate=1e-3"],
+            r"stages\.1\.learning_rate has no effect: stages\.1\.sch",
+        ),
+        (
+            "bert-large-32768",
+            ["stages.1.warmup_steps=10"],
+            r"is continue; set stages\.0\.warmup_steps, or another stages",
+        ),
+        ("bert-large-32768", ["stages.1.power=2", "stages.1.schedule=triangle"], None),
+        ("bert-tiny", ["stages.1.schedule=continue", "stages.1.power=2"], r"stages\.1\.power has no effect"),
+        ("bert-tiny", ["optim.lr=1e-3"], None),
+    ],
+)
+def test_rates_that_no_curve_is_made_from_are_refused(recipe, settings, message):
+    if message is None:
+        override(recipes.get(recipe), settings)
+    else:
+        with pytest.raises(UserError, match=message):
+            override(recipes.get(recipe), settings)
+
+
 def test_keys_lists_what_override_takes():
     config = recipes.get("bert-tiny")
     assert {"optim.lr", "stages.0.steps", "data.path", "model.name"} <= set(keys(config))

@@ -279,6 +279,24 @@ def finetuning(model: Path, questions: tuple[Path, Path]) -> list[str]:
     return [*command, "--set", "stages.0.batch_size=8", "--set", "stages.0.micro_batch_size=8"]
 
 
+@pytest.mark.parametrize(("settings", "warmup"), [([], 4), (["0"], 0), (["5"], 5)], ids=["a tenth", "none", "given"])
+def test_a_warm_up_that_is_given_is_kept(pretrained: Path, questions, tmp_path: Path, settings, warmup: int):
+    """A tenth of the steps only where none is; and the same command resumes the run."""
+
+    def stop(result, total):
+        if result.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    more = [part for value in settings for part in ("--set", f"stages.0.warmup_steps={value}")]
+    command = [*finetuning(pretrained, questions), "--out", str(tmp_path / "run"), *more]
+    config = override(get("squad"), _finetune_settings(build_parser().parse_args(command)))
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "run", on_step=stop)
+    stage = json.loads((tmp_path / "run" / "config.json").read_text())["stages"][0]
+    assert (round(0.1 * stage["steps"]), stage["warmup_steps"]) == (4, warmup)
+    assert main([*command, "--resume"]) == 0
+
+
 def test_a_file_is_answered_in_the_runs_own_windows(tuned: Path, questions, capsys):
     figures = []
     for more in ([], ["--squad", str(questions[1])]):

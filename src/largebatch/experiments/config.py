@@ -37,7 +37,7 @@ class StageConfig:
     name: str
     batch_size: int
     steps: int
-    warmup_steps: int = 0
+    warmup_steps: int | None = 0  # None: a tenth of the steps
     learning_rate: float | None = None  # None: optim.lr, scaled by the square root of the batch ratio to stage 1
     schedule: str = "polynomial"  # or triangle, constant; continue: go on with the curve of the stage before
     power: float = 1.0
@@ -172,15 +172,20 @@ def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
     """Apply `key=value` settings, keys dotted into the nested parts and stages by number: `stages.0.steps=100`.
 
     Raises:
-        UserError: a key that does not exist (the nearest is named), or a value of another type.
+        UserError: a key that does not exist (the nearest is named), a value of another type, or a rate, warm-up or
+            power that no stage would use.
     """
     content = to_json(config)
+    assigned = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--set {assignment}: write KEY=VALUE, for example --set optim.lr=1e-3")
         _assign(content, key.strip(), text.strip())
-    return from_json(content)
+        assigned.append(key.strip())
+    changed = from_json(content)
+    _refuse_idle_rates(changed, assigned)
+    return changed
 
 
 def keys(config: RunConfig) -> list[str]:
@@ -216,6 +221,25 @@ def _assign(content: dict[str, Any], key: str, text: str) -> None:
             node[part] = list(node[part]) if isinstance(node[part], tuple) else node[part]
             node = node[part]
     node[last] = _Text(text)
+
+
+def _refuse_idle_rates(config: RunConfig, assigned: Iterable[str]) -> None:
+    """Refuse to be told what no curve of the run is made from, whatever the value."""
+    first, begin = 0, {}  # stage -> where its curve begins
+    for index, stage in enumerate(config.stages):
+        first = first if stage.schedule == "continue" else index
+        begin[f"stages.{index}"] = first
+    own = all(config.stages[index].learning_rate is not None for index in begin.values())
+    for key in assigned:
+        stage, _, name = key.rpartition(".")
+        if name in ("learning_rate", "warmup_steps", "power") and stage != f"stages.{begin[stage]}":
+            raise UserError(
+                f"{key} has no effect: {stage}.schedule is continue; set stages.{begin[stage]}.{name}, "
+                f"or another {stage}.schedule"
+            )
+        if key == "optim.lr" and own:
+            where = f"stages.{min(begin.values())}.learning_rate"
+            raise UserError(f"optim.lr has no effect: every stage has a rate of its own; set {where} and so on instead")
 
 
 class _Text(str):

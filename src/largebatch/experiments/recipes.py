@@ -47,19 +47,20 @@ def get(name: str) -> RunConfig:
 
 def _from_plan(plan: scaling.Plan) -> tuple[StageConfig, ...]:
     predictions = {128: 20, 512: 80}
+    begins = [plan.rewarmup or index == 0 for index in range(len(plan.stages))]
     return tuple(
         StageConfig(
             name=stage.name,
             batch_size=stage.batch_size,
             steps=stage.steps,
             warmup_steps=stage.warmup_steps,
-            learning_rate=stage.learning_rate,
-            schedule=plan.curve if plan.rewarmup or index == 0 else "continue",
+            learning_rate=stage.learning_rate if begins_curve else None,
+            schedule=plan.curve if begins_curve else "continue",
             power=plan.power,
             sequence_length=stage.sequence_length,
             max_predictions=predictions.get(stage.sequence_length or 0),
         )
-        for index, stage in enumerate(plan.stages)
+        for stage, begins_curve in zip(plan.stages, begins, strict=True)
     )
 
 
@@ -171,7 +172,7 @@ def squad() -> SquadConfig:
     return SquadConfig(
         recipe="squad",
         optim=OptimConfig(name="adamw", lr=3e-5, weight_decay=0.01),
-        stages=(StageConfig("squad", 32, 0, schedule="triangle"),),
+        stages=(StageConfig("squad", 32, 0, warmup_steps=None, schedule="triangle"),),
     )
 
 
@@ -182,7 +183,7 @@ def squad_demo() -> SquadConfig:
         recipe="squad-demo",
         epochs=3.0,
         optim=OptimConfig(name="adamw", lr=1e-3),
-        stages=(StageConfig("squad", 32, 0, schedule="triangle", micro_batch_size=16),),
+        stages=(StageConfig("squad", 32, 0, warmup_steps=None, schedule="triangle", micro_batch_size=16),),
         data=SquadData(max_sequence_length=128, document_stride=64, max_query_length=32, unanswered_windows=False),
         trust_ratios_every=0,
     )

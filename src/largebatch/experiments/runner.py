@@ -20,7 +20,7 @@ from largebatch.experiments.config import (
     to_json,
 )
 from largebatch.experiments.optimizers import build_optimizer
-from largebatch.experiments.stages import build_stages, peak_rate
+from largebatch.experiments.stages import build_stages, peak_rate, with_warm_ups
 from largebatch.experiments.workload import Workload
 from largebatch.models import compile_elementwise
 from largebatch.train import (
@@ -144,7 +144,7 @@ def prepare_engine(
     _check_ranges(config)
     _check_in_backward(config)
     workload = build_workload(config)
-    config = workload.config
+    config = with_warm_ups(workload.config)
     torch.manual_seed(config.seed)
     model = workload.model().to(device)
     if config.compile:

@@ -108,15 +108,13 @@ class SquadWorkload:
             self.notes.append("baseline: the encoder's weights are random")
 
     def _with_steps(self, config: SquadConfig) -> SquadConfig:
-        """Fill in the steps, and a tenth of them as warm-up, where the recipe leaves them to the data's size."""
+        """Fill in the steps, where the recipe leaves them to the data's size."""
         windows = int(self._train_features.trainable.sum())
         stages = []
         for stage in config.stages:
-            settings = FinetuneSettings(batch_size=stage.batch_size, epochs=config.epochs)
             if stage.steps == 0:
-                stage = dataclasses.replace(
-                    stage, steps=settings.steps(windows), warmup_steps=settings.warmup_steps(windows)
-                )
+                settings = FinetuneSettings(batch_size=stage.batch_size, epochs=config.epochs)
+                stage = dataclasses.replace(stage, steps=settings.steps(windows))
             stages.append(stage)
         return dataclasses.replace(config, stages=tuple(stages))
 

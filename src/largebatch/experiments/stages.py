@@ -1,5 +1,6 @@
 """A run's stages: sizes checked, rates filled in, schedules built."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,15 +15,11 @@ def build_stages(config: RunConfig) -> list[Stage]:
     """The engine's stages: rates filled in by the square-root rule, schedules built.
 
     Raises:
-        UserError: two stages of one name, a batch that the ranks cannot share, a warm-up longer than its stage, an
-            unknown schedule, or an `optim.lr` that no stage would use.
+        UserError: two stages of one name, a batch that the ranks cannot share, a warm-up longer than its stage, or an
+            unknown schedule.
     """
     if not config.stages:
         raise UserError("the run has no stages")
-    if all(stage.learning_rate is not None for stage in config.stages) and config.optim.lr != type(config.optim).lr:
-        raise UserError(
-            "optim.lr has no effect: every stage has a rate of its own; set stages.0.learning_rate and so on instead"
-        )
     stages: list[Stage] = []
     offset = 0
     names = [stage.name for stage in config.stages]
@@ -40,6 +37,15 @@ def build_stages(config: RunConfig) -> list[Stage]:
         rate = functools.partial(_rate, curve, offset)
         stages.append(Stage(stage.name, stage.steps, stage.batch_size, rate, stage.keep_moments))
     return stages
+
+
+def with_warm_ups(config: RunConfig) -> RunConfig:
+    """The configuration with a tenth of the steps as the warm-up of the stages that leave it open."""
+    stages = [
+        stage if stage.warmup_steps is not None else dataclasses.replace(stage, warmup_steps=round(0.1 * stage.steps))
+        for stage in config.stages
+    ]
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def peak_rate(config: RunConfig, index: int) -> float:
