@@ -106,9 +106,34 @@ def test_a_run_does_not_go_on_with_other_text(text: Path, corpus: Path, tmp_path
             command()
     assert (out / "tokenizer" / "vocab.txt").read_bytes() == vocabulary
     shutil.rmtree(moved)
-    shutil.copytree(corpus, moved)
-    run(small_bert(moved), out, resume=True)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(corpus, elsewhere)
+    assert main(["train", "--resume", "--out", str(out), "--data", str(elsewhere)]) == 0
     assert evaluate_run(out)["mlm_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("-3", "the micro-batch -3"), ("5", "the micro-batch 5"), ("0", "the micro-batch 0"), ("2", 2)],
+)
+def test_a_micro_batch_of_a_resumed_run_is_checked(corpus: Path, tmp_path: Path, capsys, size: str, expected):
+    def stop(result, total):
+        if result.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(small_bert(corpus), out, on_step=stop)
+    before = (out / "config.json").read_bytes()
+    command = ["train", "--resume", "--out", str(out), "--set", f"stages.0.micro_batch_size={size}"]
+    if isinstance(expected, int):
+        assert main(command) == 0
+        stages = json.loads((out / "config.json").read_text())["stages"]
+        assert [stage["micro_batch_size"] for stage in stages] == [expected, 4]
+    else:
+        assert main(command) == 2
+        assert f"stages.0.batch_size is 16, no multiple of {expected}" in capsys.readouterr().err
+        assert (out / "config.json").read_bytes() == before
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(corpus: Path, pretrained: Path, tmp_path: Path):

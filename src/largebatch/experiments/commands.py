@@ -10,7 +10,7 @@ from largebatch.errors import UserError
 from largebatch.experiments import recipes
 from largebatch.experiments.config import RunConfig, SquadConfig, keys, override, to_json
 from largebatch.experiments.console import RunDisplay, show_table
-from largebatch.experiments.runner import ELASTIC, Interrupted, config_of, describe_evaluation, figures_of, run
+from largebatch.experiments.runner import ELASTIC, PLACES, Interrupted, config_of, describe_evaluation, figures_of, run
 from largebatch.train import TrainingDiverged, distributed
 from largebatch.train.metrics import check_folder
 
@@ -53,7 +53,7 @@ def _with_whole_paths(settings: list[str]) -> list[str]:
     whole = []
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key.strip() in ("data.path", "data.train", "data.test", "init") and value:
+        if key.strip() in (*PLACES, "init") and value:
             paths = value.split(",") if key.strip() == "data.train" else [value]
             setting = f"{key}={','.join(str(Path(path).resolve()) for path in paths)}"
         whole.append(setting)
@@ -61,25 +61,33 @@ def _with_whole_paths(settings: list[str]) -> list[str]:
 
 
 def resume(saved: RunConfig, out: Path, settings: list[str], threads: int | None) -> int:
-    """Go on with the run in `out`, with the settings it was started with but for those that may change.
+    """Go on with the run in `out`, with the settings it was started with but for those that may change."""
+    return execute(resumed(saved, out, settings), out, resume=True, threads=threads)
+
+
+def resumed(saved: RunConfig, out: Path, settings: list[str]) -> RunConfig:
+    """Return the configuration of the run in `out` with the settings that may change when it is resumed.
 
     Settings that are repeated are welcome: torchrun restarts a job with its old command line.
+
+    Raises:
+        UserError: others differ from the run's.
     """
+    may_change = ELASTIC if (out / "summary.json").exists() else (*ELASTIC, *PLACES)
+
+    def is_elastic(setting: str) -> bool:
+        key = setting.partition("=")[0].strip()
+        return key in may_change or (key.startswith("stages.") and key.endswith(".micro_batch_size"))
+
     # "auto" was resolved when the run began, and of a setting that is given twice the last counts.
-    fixed = [setting for setting in settings if not _is_elastic(setting) and not setting.endswith("=auto")]
+    fixed = [setting for setting in settings if not is_elastic(setting) and not setting.endswith("=auto")]
     if override(saved, fixed) != saved:
         changed = [setting for setting in fixed if override(saved, [setting]) != saved]
         raise UserError(
             f"a resumed run keeps the settings in {out / 'config.json'}, all but "
-            f"{', '.join(ELASTIC)} and stages.N.micro_batch_size; leave {', '.join(changed)} out"
+            f"{', '.join(may_change)} and stages.N.micro_batch_size; leave {', '.join(changed)} out"
         )
-    elastic = [setting for setting in settings if _is_elastic(setting)]
-    return execute(override(saved, elastic), out, resume=True, threads=threads)
-
-
-def _is_elastic(setting: str) -> bool:
-    key = setting.partition("=")[0].strip()
-    return key in ELASTIC or (key.startswith("stages.") and key.endswith(".micro_batch_size"))
+    return override(saved, [setting for setting in settings if is_elastic(setting)])
 
 
 def execute(config: RunConfig, out: Path, *, resume: bool = False, threads: int | None = None) -> int:

@@ -20,7 +20,7 @@ from largebatch.experiments.config import (
     to_json,
 )
 from largebatch.experiments.optimizers import build_optimizer
-from largebatch.experiments.stages import build_stages, peak_rate, with_warm_ups
+from largebatch.experiments.stages import build_stages, check_micro_batch, peak_rate, with_warm_ups
 from largebatch.experiments.workload import Workload
 from largebatch.models import compile_elementwise
 from largebatch.train import (
@@ -48,6 +48,8 @@ ELASTIC = (
     *("device", "sharding", "optimizer_in_backward", "cpu_offload"),
     *("timeout_s", "checkpoint_every", "keep_checkpoints"),
 )
+# Nor do these, as long as the same data lie there.
+PLACES = ("data.path", "data.train", "data.test")
 
 
 class Interrupted(Exception):
@@ -65,8 +67,8 @@ def run(
     """Train what `config` describes into the run directory `out`, and evaluate it.
 
     Args:
-        config: the run. Of one that is resumed the directory's own `config.json` is in force, but for the micro-batch
-            sizes and the `ELASTIC` settings, which are taken from here.
+        config: the run. Of one that is resumed the directory's own `config.json` is in force, but for the `ELASTIC`
+            settings and, where they are not None or empty, the micro-batch sizes and the `PLACES` of the data.
         out: the run directory; must be new, unless `resume`.
         resume: go on from the newest checkpoint in `out`, with the same bits as if the run had never stopped.
         on_step: called after each optimizer step.
@@ -261,13 +263,22 @@ def _short(value: Any) -> str:
 
 
 def _changed(saved: RunConfig, asked: RunConfig) -> RunConfig:
-    """The saved configuration with the settings of the other that may change when a run is resumed."""
-    sizes = [stage.micro_batch_size for stage in asked.stages]
-    stages = tuple(
-        dataclasses.replace(stage, micro_batch_size=size or stage.micro_batch_size)
-        for stage, size in zip(saved.stages, sizes, strict=True)
-    )
-    return dataclasses.replace(saved, stages=stages, **{name: getattr(asked, name) for name in ELASTIC})
+    """The saved configuration with the settings of the other that may change when a run is resumed.
+
+    Raises:
+        UserError: a micro-batch that does not divide its batch, on however few ranks.
+    """
+    stages = []
+    for index, (stage, other) in enumerate(zip(saved.stages, asked.stages, strict=True)):
+        if other.micro_batch_size is not None:
+            stage = dataclasses.replace(stage, micro_batch_size=other.micro_batch_size)
+            check_micro_batch(stage, stage.batch_size, f"stages.{index}")
+        stages.append(stage)
+    names = [name for place in PLACES if hasattr(saved.data, name := place.removeprefix("data."))]
+    places = {name: getattr(asked.data, name) or getattr(saved.data, name) for name in names}
+    data = dataclasses.replace(saved.data, **places)
+    elastic = {name: getattr(asked, name) for name in ELASTIC}
+    return dataclasses.replace(saved, stages=tuple(stages), data=data, **elastic)
 
 
 def _fit_to_ranks(config: RunConfig) -> RunConfig:

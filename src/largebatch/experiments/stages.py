@@ -64,7 +64,16 @@ def _check_sizes(stage: StageConfig, where: str) -> None:
         raise UserError(
             f"{where}.batch_size is {stage.batch_size}, no multiple of the {distributed.world_size()} ranks"
         )
-    rank_batch, size = stage.batch_size // distributed.world_size(), stage.micro_batch_size
+    check_micro_batch(stage, stage.batch_size // distributed.world_size(), where)
+
+
+def check_micro_batch(stage: StageConfig, rank_batch: int, where: str) -> None:
+    """Refuse a micro-batch that does not divide a rank's share of the batch.
+
+    Raises:
+        UserError: that is so.
+    """
+    size = stage.micro_batch_size
     if size is not None and (size < 1 or rank_batch % size):
         of = "" if rank_batch == stage.batch_size else " a rank"
         raise UserError(
