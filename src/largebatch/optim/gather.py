@@ -4,7 +4,7 @@ Over thousands of small layers it takes longer to gather them than to move them.
 and the state are the same objects, only gradients and numbers are new.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .base import LayerwiseOptimizer
 
 Grads = Sequence[Tensor | None]  # of all parameters, in the order of the groups
-Sources = list[list[Any]]
+END = (object(),)
 
 
 class Members(NamedTuple):
@@ -61,7 +61,8 @@ class Gathered:
                 self._add(members, optimizer)
                 num_found += 1
             self.members.extend(of_device.values())
-        self.sources = sources(optimizer, grads) if self.keeps else []
+        self.keeps &= all(isinstance(state, dict) for state in optimizer.state.values())  # torch allows others
+        self.sources = list(sources(optimizer, grads)) if self.keeps else []
 
     def _add(self, members: Members, optimizer: "LayerwiseOptimizer") -> None:
         """Make the layers of the last of these parameters."""
@@ -83,10 +84,10 @@ class Gathered:
 
     def is_of(self, optimizer: "LayerwiseOptimizer", grads: Grads) -> bool:
         """Say whether gathering would find the same objects again."""
-        found = sources(optimizer, grads)
-        return self.keeps and all(
-            len(old) == len(new) and all(map(is_, old, new)) for old, new in zip(self.sources, found, strict=True)
-        )
+        try:
+            return self.keeps and all(map(is_, self.sources, sources(optimizer, grads)))
+        except TypeError:  # a state that is none
+            return False
 
     def fill(self, optimizer: "LayerwiseOptimizer", grads: Grads, backend: Backend) -> None:
         """Give all layers their gradients, and count the step in their numbers."""
@@ -120,13 +121,12 @@ def names_of(group: dict[str, Any]) -> Sequence[str | None]:
     return names if names is not None and len(names) == len(params) else [None] * len(params)
 
 
-def sources(optimizer: "LayerwiseOptimizer", grads: Grads) -> Sources:
-    """List all objects that layers are gathered from."""
+def sources(optimizer: "LayerwiseOptimizer", grads: Grads) -> Iterator[Any]:
+    """Go through all objects that layers are gathered from, and an end behind those of each kind."""
     groups = optimizer.param_groups
-    params = list(chain.from_iterable((*group["params"], None) for group in groups))  # None ends a group
-    states = [state for state in optimizer.state.values() if isinstance(state, dict)]  # torch allows others, unused
-    tensors = list(chain.from_iterable(map(dict.values, states)))
-    return [list(groups), params, [g is None for g in grads], tensors]
+    params = [each for group in groups for each in (group["params"], END)]
+    tensors = chain.from_iterable(map(dict.values, optimizer.state.values()))
+    return chain.from_iterable((groups, END, *params, map(is_, grads, repeat(None)), tensors, END))
 
 
 def scaling_of(optimizer: "LayerwiseOptimizer", device: torch.device) -> Scaling | None:

@@ -29,11 +29,14 @@ static int is_of(const struct dl_tensor *t, uint32_t type, const int64_t (*sizes
  * two. A hint that is wrong costs time, and no more. */
 enum { AHEAD = 6, LINE = 64, TENSOR = 4 * LINE, STORAGE = 2 * LINE };
 
-static void fetch(const char *from, int size) {
+/* Inlined, since GCC takes calls of what does nothing but this to be of no effect. */
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE void fetch(const char *from, int size) {
     for (int at = 0; at < size; at += LINE) __builtin_prefetch(from + at);
 }
 
-static void fetch_ahead(void *const *objects, const char *const (*hints)[2], int64_t i, int64_t num) {
+INLINE void fetch_ahead(void *const *objects, const char *const (*hints)[2], int64_t i, int64_t num) {
     if (i + 2 * AHEAD < num) fetch(objects[i + 2 * AHEAD], LINE);
     if (i + AHEAD >= num) return;
     if (!hints) { /* the word after the head of a Python object is, in a tensor's, the address of the latter */

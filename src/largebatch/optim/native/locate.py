@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Sizes = tuple[int, ...]
+Tensors = Sequence[Tensor] | NDArray[np.object_]  # an array where they are the same ones at every step
 
 # DLDataType as one number: code, bits and lanes from the lowest byte on.
 _TYPES = {
@@ -44,7 +45,7 @@ class Layouts:
         self.hints = hints
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> "Layouts":
+    def of(cls, tensors: Tensors) -> "Layouts":
         """Return how these tensors lie, which are the same objects at every step."""
         hints = np.array([(x._cdata, x.untyped_storage()._cdata) for x in tensors], np.uintp)
         return cls([x.dtype for x in tensors], [x.shape for x in tensors], [x.stride() for x in tensors], hints)
@@ -63,13 +64,13 @@ class Locator:
         prototype = ctypes.PYFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 5)
         self._locate = prototype(("largebatch_locate", library))
 
-    def __call__(self, tensors: Sequence[Tensor], layouts: Layouts) -> NDArray[np.uintp] | None:
+    def __call__(self, tensors: Tensors, layouts: Layouts) -> NDArray[np.uintp] | None:
         """Return the addresses of tensors on the CPU; None if a layout is another, or it cannot be told."""
         try:
             if self.describe is None:
                 found = [(x.dtype, tuple(x.shape), x.stride()) for x in tensors if x.device.type == "cpu"]
                 return addresses(tensors) if found == layouts.all else None
-            objects = np.fromiter(tensors, object, len(tensors))
+            objects = tensors if isinstance(tensors, np.ndarray) else in_array(tensors)
             where = np.empty(len(tensors), np.uintp)
             arrays = (objects, where, layouts.types, layouts.ends, layouts.sizes)
             objects_at, *others = (array.ctypes.data for array in arrays)
@@ -79,7 +80,11 @@ class Locator:
             return None
 
 
-def addresses(tensors: Sequence[Tensor]) -> NDArray[np.uintp]:
+def in_array(tensors: Sequence[Tensor]) -> NDArray[np.object_]:
+    return np.fromiter(tensors, object, len(tensors))
+
+
+def addresses(tensors: Tensors) -> NDArray[np.uintp]:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.uintp, len(tensors))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import Layer, Layers, Run
 from ..checks import check, check_dense, check_shape
 from .library import DTYPES, LAYER, NUMBERS
-from .locate import Layouts, Locator, Sizes, addresses
+from .locate import Layouts, Locator, Sizes, addresses, in_array
 
 Rows = NDArray[np.void]
 
@@ -28,7 +28,7 @@ class Table:
             check_owned(layer)
         self.locate = locate
         self.shapes = [layer.x.shape for layer in layers]
-        self.owned = [tensor for layer in layers for tensor in owned(layer)]
+        self.owned = in_array([tensor for layer in layers for tensor in owned(layer)])
         self.addresses = addresses(self.owned)
         self.owned_layouts = Layouts.of(self.owned)
         self.storages = [tensor.untyped_storage() for tensor in self.owned]  # kept alive
