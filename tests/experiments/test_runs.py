@@ -1,5 +1,6 @@
 """Whole runs: two stages, exact resume, export, fine-tuning and report, on a small scale but through the real path."""
 
+import errno
 import gzip
 import json
 import os
@@ -152,6 +153,31 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(corpus: Path, pretrained:
     assert checkpoint.latest(out / "checkpoints").name == "step-00000006"
     run(small_bert(corpus), out, resume=True)
     assert lines(out, "step") == lines(pretrained, "step")
+
+
+def test_two_processes_do_not_train_one_run(corpus: Path, tmp_path: Path):
+    """A run under way is refused to others, as a start and as a resume, and is none the worse for it."""
+    refused = []
+
+    def start_again(result, total):
+        for resume in (True, False):
+            with pytest.raises(UserError) as error:
+                run(small_bert(corpus), out, resume=resume)
+            refused.append(str(error.value))
+
+    out = tmp_path / "run"
+    run(small_bert(corpus, "stages.0.steps=1", "stages.1.steps=1"), out, on_step=start_again)
+    assert refused[0] == f"{out} is being trained by another process; wait for it, or name another with --out"
+    assert refused[1].startswith(f"{out} holds a run already")
+
+
+def test_a_full_disk_is_one_line(corpus: Path, tmp_path: Path, monkeypatch, capsys):
+    def full(self, event, **values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("largebatch.train.metrics.RunDirectory.log", full)
+    with pytest.raises(UserError, match=r"run cannot be written \(.*No space left on device\); make room, and go on"):
+        run(small_bert(corpus), tmp_path / "run")
 
 
 def test_another_seed_gives_another_run(corpus: Path, pretrained: Path, tmp_path: Path):

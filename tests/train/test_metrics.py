@@ -1,12 +1,13 @@
 """The run directory: lines appended, a resumed run's tail dropped, JSON written whole."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from largebatch.errors import UserError
-from largebatch.train.metrics import RunDirectory, check_folder, read_json
+from largebatch.train.metrics import RunDirectory, check_folder, read_json, write_json
 
 
 def lines(path: Path) -> list[dict]:
@@ -44,11 +45,51 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path):
     run.use_tensorboard()
     run.log("step", step=1, loss=2.5, clipped=True, stage="seq128")
     run.log("trust_ratios", step=1, ratios={"a.weight": 0.5})
+    run.log("step", step=2, loss=2.4)
     run.close()
+    resumed = RunDirectory(tmp_path)
+    resumed.use_tensorboard(1)  # killed after step 2, with a checkpoint of step 1
+    resumed.log("step", step=2, loss=2.3)
+    resumed.close()
     read = events.EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
     assert read.Tags()["scalars"] == ["step/loss", "trust_ratios/a.weight"]
-    assert read.Scalars("step/loss")[0].value == 2.5
+    assert [(at.step, at.value) for at in read.Scalars("step/loss")] == [(1, 2.5), (2, pytest.approx(2.3))]
+
+
+def test_one_process_at_a_time_has_the_folder(tmp_path: Path, monkeypatch):
+    first, second = RunDirectory(tmp_path), RunDirectory(tmp_path)
+    assert first.lock()
+    assert not second.lock()
+    second.close()
+    assert RunDirectory(tmp_path, write=False).lock()
+    first.close()
+    assert second.lock()
+
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert first.lock()
+    monkeypatch.setattr("largebatch.train.metrics.fcntl", None)
+    assert first.lock()
+    first.close()
+    second.close()
+
+
+def test_a_json_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, monkeypatch):
+    write_json(tmp_path / "config.json", {"seed": 1})
+    whole = Path.write_text
+
+    def half(path: Path, text: str) -> None:
+        whole(path, text[:4])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "config.json", {"seed": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert read_json(tmp_path / "config.json") == {"seed": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """From a configuration to a run directory: train, evaluate, checkpoint, resume."""
 
 import dataclasses
+import errno
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -85,9 +86,7 @@ def run(
     settings = allocator.keep_freed_memory()
     device = distributed.initialize(config.device, config.timeout_s)
     try:
-        started = distributed.of_chief((out / "config.json").exists())  # others may come when the chief has written it
-        if started and not resume:
-            raise UserError(f"{out} holds a run already; resume it with --resume or name another folder with --out")
+        started = _has_begun(out, resume)
         if started and distributed.of_chief((out / "summary.json").exists()):
             on_event(f"{out} is complete")
             return read_json(out / "summary.json")
@@ -107,23 +106,39 @@ def _run(
     model, optimizer = engine.model, engine.optimizer
     chief = distributed.rank() == 0
     directory = RunDirectory(out, write=chief)
-    if config.tensorboard:
-        directory.use_tensorboard()
-    found = checkpoint.latest(directory.checkpoints) if started else None
-    if found is not None:
-        engine.progress = checkpoint.load(found, model, optimizer)
-        on_event(f"resuming {out} after step {engine.progress.step}")
-    directory.rewind(engine.progress.step)
-    directory.write_json("config.json", {**to_json(config), "details": workload.details})
-    directory.write_json("env.json", {**hardware.describe(device, settings), "waiting": threads.describe()})
-    if directory.write:
-        workload.save_assets(out)
-    if found is not None:
-        directory.log("resume", step=engine.progress.step)
     try:
+        if not distributed.of_chief(directory.lock()):
+            raise UserError(f"{out} is being trained by another process; wait for it, or name another with --out")
+        if not started:
+            _has_begun(out, resume=False)  # in the meantime
+        found = checkpoint.latest(directory.checkpoints) if started else None
+        if found is not None:
+            engine.progress = checkpoint.load(found, model, optimizer)
+            on_event(f"resuming {out} after step {engine.progress.step}")
+        if config.tensorboard:
+            directory.use_tensorboard(engine.progress.step)
+        directory.rewind(engine.progress.step)
+        directory.write_json("config.json", {**to_json(config), "details": workload.details})
+        directory.write_json("env.json", {**hardware.describe(device, settings), "waiting": threads.describe()})
+        if directory.write:
+            workload.save_assets(out)
+        if found is not None:
+            directory.log("resume", step=engine.progress.step)
         return _train(config, workload, engine, directory, on_step, on_event)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{out} cannot be written ({error}); make room, and go on with --resume") from None
     finally:
         directory.close()
+
+
+def _has_begun(out: Path, resume: bool) -> bool:
+    """Whether `out` holds a run, which is refused unless it is to be resumed."""
+    begun = distributed.of_chief((out / "config.json").exists())  # others may come when the chief has written it
+    if begun and not resume:
+        raise UserError(f"{out} holds a run already; resume it with --resume or name another folder with --out")
+    return begun
 
 
 def prepare_engine(

@@ -27,7 +27,8 @@ def save(
 
     Raises:
         ValueError: `keep` is neither None, for all, nor at least 1.
-        UserError: the optimizer keeps something that no checkpoint can hold.
+        UserError: the optimizer keeps something that no checkpoint can hold, or the disk is full or cannot be written;
+            the checkpoints before are left as they are then.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: expected at least 1, or None to keep all checkpoints")
@@ -46,16 +47,22 @@ def save(
         for key, x in numbers[name].items():
             if not isinstance(x, int | float):
                 raise UserError(f"no checkpoint can hold the optimizer's {key!r} of {name}, {type(x).__name__}")
-    distributed.write_tensors(tensors, partial)
+    try:
+        distributed.write_tensors(tensors, partial)
+        if distributed.is_chief():
+            manifest = {
+                "version": FORMAT_VERSION,
+                "progress": asdict(progress),
+                "tied": _tied(model),
+                "optimizer": {"numbers": numbers, "groups": [_counters(optimizer, g) for g in optimizer.param_groups]},
+                "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+            }
+            (partial / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
+    except OSError as error:
+        if distributed.is_chief():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{target} cannot be written ({error}); make room, and go on with --resume") from None
     if distributed.is_chief():
-        manifest = {
-            "version": FORMAT_VERSION,
-            "progress": asdict(progress),
-            "tied": _tied(model),
-            "optimizer": {"numbers": numbers, "groups": [_counters(optimizer, g) for g in optimizer.param_groups]},
-            "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
-        }
-        (partial / "checkpoint.json").write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         if keep is not None:

@@ -8,6 +8,11 @@ from typing import Any
 
 from largebatch.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 class RunDirectory:
     """`config.json`, `env.json`, `metrics.jsonl`, `summary.json` and `checkpoints/` in one folder.
@@ -25,9 +30,25 @@ class RunDirectory:
         self.write = write
         self.checkpoints = path / "checkpoints"
         self._sink: Any = None
+        self._lock: Any = None
         if write:
             check_folder(path)
             path.mkdir(parents=True, exist_ok=True)
+
+    def lock(self) -> bool:
+        """Take the folder for this process until `close`; False where another has it.
+
+        True wherever nobody can tell, as on file systems without locks. The file `.lock` stays, and means nothing.
+        """
+        if self.write and fcntl is not None:
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass
+        return True
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
@@ -60,8 +81,11 @@ class RunDirectory:
         partial.write_text("".join(kept))
         os.replace(partial, path)
 
-    def use_tensorboard(self) -> None:
+    def use_tensorboard(self, step: int = 0) -> None:
         """Send every number to TensorBoard as well, in the folder `tensorboard`.
+
+        Args:
+            step: TensorBoard is to forget what it was told after it.
 
         Raises:
             UserError: tensorboard is not installed.
@@ -72,11 +96,12 @@ class RunDirectory:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("TensorBoard is not installed; pip install 'largebatch[tensorboard]'") from None
-        self._sink = SummaryWriter(str(self.path / "tensorboard"))
+        self._sink = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def close(self) -> None:
-        if self._sink is not None:
-            self._sink.close()
+        for opened in (self._sink, self._lock):
+            if opened is not None:
+                opened.close()
 
 
 def check_folder(path: Path) -> None:
@@ -95,8 +120,12 @@ def check_folder(path: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` beside `path` and rename it there."""
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .ranks import world_size
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 # All that torch pickles into the metadata of tensors.
 _NAMES = {
@@ -32,11 +32,17 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write named tensors with `torch.distributed.checkpoint`: each rank what it holds, and nothing twice.
 
     All ranks of the run call it, with the same names. The folder must be one that they share.
+
+    Raises:
+        OSError: a rank cannot write.
     """
     from torch.distributed import checkpoint as dcp
 
-    with _one_process_is_meant():
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=world_size() == 1)
+    try:
+        with _one_process_is_meant():
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=world_size() == 1)
+    except dcp.CheckpointException as error:
+        raise _cause(error) from error
 
 
 def read_tensors(tensors: Mapping[str, Tensor], folder: Path, *, alone: bool = False) -> None:
@@ -55,9 +61,8 @@ def read_tensors(tensors: Mapping[str, Tensor], folder: Path, *, alone: bool = F
     try:
         with _one_process_is_meant():
             dcp.load(dict(tensors), storage_reader=_reader(folder), no_dist=alone or world_size() == 1)
-    except dcp.CheckpointException as error:  # a BaseException, with what went wrong on which rank
-        cause = next(iter(error.failures.values()))[0]
-        raise OSError(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}") from cause
+    except dcp.CheckpointException as error:
+        raise _cause(error) from error
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -94,6 +99,15 @@ def _reader(folder: Path) -> "FileSystemReader":
             return metadata
 
     return Reader(folder)
+
+
+def _cause(error: "CheckpointException") -> OSError:
+    """What went wrong on the first rank that tells, which torch wraps in a BaseException."""
+    first = next(iter(error.failures.values()))[0]
+    inner: BaseException | None = first
+    while inner is not None and not isinstance(inner, OSError):  # torch's writer hides a full disk, on its own rank
+        inner = inner.__cause__ or inner.__context__
+    return inner or OSError(f"{type(first).__name__}: {str(first).splitlines()[0] if str(first) else ''}")
 
 
 @contextmanager
