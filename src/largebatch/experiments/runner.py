@@ -128,7 +128,9 @@ def _run(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{out} cannot be written ({error}); make room, and go on with --resume") from None
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}); make room, and go on with --resume"
+        ) from None
     finally:
         directory.close()
 

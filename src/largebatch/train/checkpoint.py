@@ -61,7 +61,9 @@ def save(
     except OSError as error:
         if distributed.is_chief():
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{target} cannot be written ({error}); make room, and go on with --resume") from None
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}); make room, and go on with --resume"
+        ) from None
     if distributed.is_chief():
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
