@@ -305,6 +305,12 @@ def test_profile_tells_where_a_step_goes(corpus, tmp_path, capsys):
 
 def test_profile_refuses_bad_input(corpus, tmp_path, capsys):
     assert "stages 0 to 1" in failure(capsys, "profile", "bert-tiny", "--data", corpus, "--stage", "2")
+    # The steps that count, two before and a traced one are of one stage: there are more of the next.
+    short = [f"stages.0.{key}" for key in ("batch_size=8", "micro_batch_size=4", "steps=4", "warmup_steps=1")]
+    settings = [part for setting in (*short, "device=cpu") for part in ("--set", setting)]
+    for steps in ("2", "9"):
+        line = failure(capsys, "profile", "bert-tiny", "--data", corpus, "--steps", steps, *settings)
+        assert f"--steps is {steps}; the stage ends before" in line
     for option in ("--steps", "--threads"):
         with pytest.raises(SystemExit, match="2"):
             main(["profile", "bert-tiny", "--data", str(corpus), option, "0"])

@@ -119,7 +119,7 @@ def show_summary(summary: dict[str, Any], out: Path) -> None:
     rows = [["steps", f"{summary['steps']:,}"], ["samples", f"{summary['samples']:,}"]]
     if summary["tokens"]:
         rows.append(["tokens", f"{summary['tokens']:,}"])
-    rows += [["time", f"{summary['wall_s']:.0f} s"], ["parameters", f"{summary['parameters']:,}"]]
+    rows += [["time in steps", f"{summary['wall_s']:.0f} s"], ["parameters", f"{summary['parameters']:,}"]]
     rows += [
         [f"{summary['evaluation'].get('split', '')} {name}".strip(), f"{value:.4f}"]
         for name, value in figures_of(summary["evaluation"]).items()

@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 
 from largebatch.data import prepare, render_report
 from largebatch.errors import UserError
 from largebatch.experiments import recipes
-from largebatch.experiments.config import PretrainingConfig, RunConfig, SquadConfig, override
+from largebatch.experiments.commands import resumed
+from largebatch.experiments.config import RunConfig, SquadConfig, override
 from largebatch.experiments.console import RunDisplay, show_table
-from largebatch.experiments.runner import run
+from largebatch.experiments.runner import Interrupted, config_of, run
 from largebatch.report import report
+from largebatch.train import TrainingDiverged
 from largebatch.train.metrics import check_folder
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -32,12 +35,18 @@ def demo(out: Path, settings: list[str]) -> int:
     started = time.monotonic()
     check_folder(out)
     out = _free_folder(out)
-    if settings and (out / "pretraining" / "config.json").exists():
-        raise UserError(
-            f"{out} holds a demo that is not finished; go on without --set, or name another folder with --out"
-        )
-    # Settings are checked before minutes are spent.
-    pretraining = override(_pretraining(out), settings)
+    pretraining = _pretraining(out, settings)
+    try:
+        return _demo(out, pretraining, started)
+    except Interrupted:
+        print("largebatch: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except TrainingDiverged as error:
+        print(f"largebatch: {error}; its metrics are in {out}", file=sys.stderr)
+        return 1
+
+
+def _demo(out: Path, pretraining: RunConfig, started: float) -> int:
     print(
         f"Demo in {out}: raw text -> tokens -> two-stage pre-training with LAMB -> fine-tuning -> evaluation -> report"
     )
@@ -97,10 +106,12 @@ def _free_folder(out: Path) -> Path:
     return candidate
 
 
-def _pretraining(out: Path) -> PretrainingConfig:
-    config = recipes.get("bert-demo")
-    assert isinstance(config, PretrainingConfig)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str((out / "corpus").resolve())))
+def _pretraining(out: Path, settings: list[str]) -> RunConfig:
+    """What to pre-train by; of a demo that is taken up again, by what it was begun with."""
+    corpus, begun = f"data.path={(out / 'corpus').resolve()}", out / "pretraining"
+    if (begun / "config.json").exists():
+        return resumed(config_of(begun), begun, settings)
+    return override(recipes.get("bert-demo"), [corpus, *settings])
 
 
 def _squad(out: Path, *, random_encoder: bool) -> SquadConfig:

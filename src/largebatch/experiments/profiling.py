@@ -39,6 +39,7 @@ def profile(options: argparse.Namespace) -> int:
     config, _, engine = prepare_engine(config, device, print, only=options.stage)
     engine.breakdown = True
     engine.progress.stage = options.stage
+    engine.stages = engine.stages[: options.stage + 1]
     steps = engine.run()
     list(itertools.islice(steps, 2))
     if device.type == "cuda":
