@@ -134,6 +134,8 @@ def test_finetune_refuses_bad_settings(tmp_path, capsys):
         ("--set", "stages.0.batch_size=0"): "stages.0.batch_size is 0; it must be at least 1",
         ("--set", "data.document_stride=0"): "data.document_stride is 0; it must be at least 1",
         ("--set", "data.max_query_length=0"): "data.max_query_length is 0; it must be at least 1",
+        ("--set", "data.bad_answers=foo"): "data.bad_answers is 'foo'; it must be error or skip",
+        ("--set", "init="): "init is not set; name a run of `largebatch train`, or a folder in Hugging Face's",
         ("--set", "data.max_sequence_length=4"): "data.max_sequence_length is 4; it must be at least 5",
         (): "model.safetensors/config.json cannot be read (Not a directory)",
     }

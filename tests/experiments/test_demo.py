@@ -43,3 +43,15 @@ def test_a_demo_that_diverges_is_one_line(command: list[str], capsys: pytest.Cap
     line = capsys.readouterr().err
     assert line.startswith("largebatch: training diverged")
     assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("optim.name=lamp", "optim.name=lamp is not known"), ("stages.0.steps=0", "is 0; it must")]
+)
+def test_settings_are_checked_before_minutes_are_spent(
+    setting: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "prepare", lambda *_, **__: pytest.fail("too late"))
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--set", setting]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()

@@ -128,7 +128,7 @@ class SquadData:
 
     train: str = ""
     test: str = ""
-    bad_answers: str = "error"
+    bad_answers: str = "error"  # or skip: leave out answers that are not where the file says
     unanswered_windows: bool = True  # train windows that do not hold their answer to point at [CLS]; False drops them
     max_sequence_length: int = 384
     document_stride: int = 128
@@ -142,7 +142,7 @@ class SquadConfig(RunConfig):
     kind: ClassVar[str] = "squad"
 
     epochs: float = 2.0  # passes over the training set, for stages whose steps are 0
-    init: str = ""  # a run, a checkpoint or a folder in Hugging Face's format
+    init: str = ""  # a run, or a folder in Hugging Face's format
     random_encoder: bool = False  # the baseline: the same model and tokenizer with fresh weights
     data: SquadData = field(default_factory=SquadData)
 

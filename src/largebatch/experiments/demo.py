@@ -6,13 +6,17 @@ import sys
 import time
 from pathlib import Path
 
+from torch import nn
+
 from largebatch.data import prepare, render_report
 from largebatch.errors import UserError
 from largebatch.experiments import recipes
 from largebatch.experiments.commands import resumed
 from largebatch.experiments.config import RunConfig, SquadConfig, override
 from largebatch.experiments.console import RunDisplay, show_table
+from largebatch.experiments.optimizers import build_optimizer
 from largebatch.experiments.runner import Interrupted, config_of, run
+from largebatch.experiments.stages import build_stages
 from largebatch.report import report
 from largebatch.train import TrainingDiverged
 from largebatch.train.metrics import check_folder
@@ -30,12 +34,15 @@ def demo(out: Path, settings: list[str]) -> int:
         settings: `key=value` for the pre-training.
 
     Raises:
-        UserError: `out` holds something else, or cannot be written to.
+        UserError: a setting is wrong, or `out` cannot be written to, or holds something else or an unfinished demo of
+            other settings.
     """
     started = time.monotonic()
     check_folder(out)
     out = _free_folder(out)
     pretraining = _pretraining(out, settings)
+    build_stages(pretraining)  # of what can be wrong, most before minutes are spent
+    build_optimizer(pretraining.optim, nn.Linear(1, 1))
     try:
         return _demo(out, pretraining, started)
     except Interrupted:

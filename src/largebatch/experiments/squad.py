@@ -72,6 +72,10 @@ class SquadWorkload:
         for name in ("train", "test"):
             if not getattr(config.data, name):
                 raise UserError(f"data.{name} is not set; name a file in SQuAD's JSON format")
+        if config.data.bad_answers not in ("error", "skip"):
+            raise UserError(f"data.bad_answers is {config.data.bad_answers!r}; it must be error or skip")
+        if not config.init:
+            raise UserError("init is not set; name a run of `largebatch train`, or a folder in Hugging Face's format")
         if not 0 < config.epochs < math.inf:
             raise UserError(f"epochs is {config.epochs}; it must be a number above 0")
         check_range(config.data, "data.", max_sequence_length=(5, math.inf), document_stride=(1, math.inf))
@@ -119,7 +123,7 @@ class SquadWorkload:
         return dataclasses.replace(config, stages=tuple(stages))
 
     def _read(self, path: Path) -> SquadDataset:
-        return read_squad(path, on_bad_answer="skip" if self._data.bad_answers == "skip" else "error")
+        return read_squad(path, on_bad_answer=self._data.bad_answers)
 
     def features(self, examples: list[Any]) -> SquadFeatures:
         """The windows of some questions."""
