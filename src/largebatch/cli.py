@@ -136,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--squad", help="a SQuAD JSON file to answer with the run's model, or to score --predictions on"
     )
+    evaluate.add_argument("--data", type=Path, help="where the run's corpus or images lie, if they have moved")
     evaluate.add_argument("--predictions", help="a JSON file of question id -> answer")
     evaluate.set_defaults(command=_evaluate)
 

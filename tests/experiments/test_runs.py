@@ -605,6 +605,16 @@ def test_a_run_is_evaluated_as_it_was_at_its_end(pretrained: Path, capsys):
     assert figures == json.loads((pretrained / "summary.json").read_text())["evaluation"]
 
 
+def test_a_run_is_evaluated_where_its_data_lie_now(pretrained: Path, tuned: Path, corpus: Path, tmp_path: Path, capsys):
+    assert main(["evaluate", str(pretrained), "--data", str(shutil.copytree(corpus, tmp_path / "moved"))]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures == json.loads((pretrained / "summary.json").read_text())["evaluation"]
+    assert main(["evaluate", str(pretrained), "--data", str(tmp_path / "gone")]) == 2
+    assert f"{tmp_path / 'gone'}: there is no such corpus directory" in capsys.readouterr().err
+    assert main(["evaluate", str(tuned), "--data", str(corpus)]) == 2
+    assert "name a file of them with --squad in place of --data" in capsys.readouterr().err
+
+
 def test_the_report_reads_a_real_run(pretrained: Path, tmp_path: Path, capsys):
     assert main(["report", str(pretrained), "--out", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000

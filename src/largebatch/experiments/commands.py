@@ -175,7 +175,7 @@ def evaluate(options: argparse.Namespace) -> int:
     elif options.squad:
         figures = answer_file(options.run, Path(options.squad))
     else:
-        figures = evaluate_run(options.run)
+        figures = evaluate_run(options.run, options.data)
     print(describe_evaluation(figures))
     print(json.dumps(figures))
     return 0

@@ -5,7 +5,7 @@ from typing import Any
 
 from largebatch.errors import UserError
 from largebatch.evaluate import answer_questions, read_predictions, read_squad, squad_features, squad_score
-from largebatch.experiments.config import SquadConfig, SquadData
+from largebatch.experiments.config import SquadConfig, SquadData, override
 from largebatch.experiments.runner import build_workload, check_same_data, config_of
 from largebatch.experiments.squad import check_words, windows
 from largebatch.experiments.transfer import open_encoder, run_weights
@@ -14,11 +14,15 @@ from largebatch.train import distributed
 from largebatch.train.metrics import read_json
 
 
-def evaluate_run(run: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run on its held-out data, by the last stage's measure."""
+def evaluate_run(run: Path, data: Path | None = None) -> dict[str, Any]:
+    """The newest checkpoint of a run on its held-out data, by the last stage's measure; `data`: where they lie now."""
     if "kind" not in read_json(run / "config.json"):
         raise UserError(f"{run} is a model in Hugging Face's format, not a run; name a file of questions with --squad")
     config = config_of(run)
+    if data is not None:
+        if isinstance(config, SquadConfig):
+            raise UserError(f"{run} answers questions; name a file of them with --squad in place of --data")
+        config = override(config, [f"data.path={data}"])
     workload = build_workload(config)
     check_same_data(run, workload)
     model = workload.model()

@@ -86,7 +86,7 @@ def _one_run(run: Run) -> Table:
     planned = f" of {run.planned_steps:,}" if run.planned_steps and run.planned_steps != run.num_steps else ""
     rows = [["Status", "complete" if run.complete else "not complete"], ["Steps", f"{run.num_steps:,}{planned}"]]
     if math.isfinite(run.wall_s):
-        rows.append(["Time", duration(run.wall_s)])
+        rows.append(["Time in steps", duration(run.wall_s)])
     if machine_of(run):
         rows.append(["Machine", machine_of(run)])
     rows += [[figure.label, "; ".join([figure.value, *figure.against])] for figure in key_figures(run, [])]
