@@ -209,10 +209,15 @@ def test_only_training_runs_on_many_ranks(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in (("evaluate", tmp_path), ("export", tmp_path), ("train", "--list"), ("plan", "gpt", "512")):
-        assert "runs in one process; leave torchrun out" in failure(capsys, *command)
-    for command in (("train", "bert-tinny"), ("finetune", "squad")):
-        assert "leave torchrun out" not in failure(capsys, *command)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        for command in (["evaluate", str(tmp_path)], ["export", str(tmp_path)], ["plan", "gpt", "512"]):
+            assert main(command) == (0 if rank == "1" else 2)
+            assert ("runs in one process, rank 0's; rank 1 is idle" in capsys.readouterr().err) == (rank == "1")
+        for command in (("train", "bert-tinny"), ("finetune", "squad")):
+            assert "is idle" not in failure(capsys, *command)
+    assert main(["train", "--list"]) == 0
+    assert "bert-tiny" in capsys.readouterr().out
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -266,8 +271,9 @@ def test_other_commands_refuse_bad_input(tmp_path, capsys):
 
 
 def test_two_small_batches_are_no_number_in_the_thousands(capsys):
-    assert main(["plan", "bert", "512,256"]) == 0
-    assert "seq512" in capsys.readouterr().out
+    for batches in ("512,256", "256,512", "64,128"):
+        assert main(["plan", "bert", batches]) == 0
+        assert "seq512" in capsys.readouterr().out
 
 
 def test_plan_prints_the_papers_run(capsys):

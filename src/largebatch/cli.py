@@ -24,8 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads.fit_threads_to_quota()
     one_of_many = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1"
     try:
-        if one_of_many and (command not in (_train, _finetune) or getattr(options, "list", False)):
-            raise UserError("this command runs in one process; leave torchrun out")
+        is_alone = command not in (_train, _finetune) or getattr(options, "list", False)
+        if one_of_many and is_alone and (rank := os.environ.get("RANK")) != "0":
+            print(f"largebatch: this command runs in one process, rank 0's; rank {rank} is idle", file=sys.stderr)
+            return 0
         return command(options)
     except UserError as error:
         if one_of_many:
@@ -217,7 +219,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     if re.fullmatch(r"\d{1,3}(,\d{3})+", options.batch_size):
         first, *rest = options.batch_size.split(",")
-        if int(first) < int(rest[0]):  # two stages go the other way
+        if rest[0][0] == "0" or int(rest[0]) > 4 * int(first):  # as of no two stages
             number = options.batch_size.replace(",", "")
             raise UserError(f"batch_size is {options.batch_size!r}; it must be written without commas: {number}")
     try:

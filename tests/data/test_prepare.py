@@ -161,6 +161,7 @@ def test_what_others_made_is_not_read(tmp_path, vocab, monkeypatch) -> None:
     text = write_text(tmp_path / "a.txt", DOCUMENTS)
     prepare([text], tmp_path / "finished", vocab=vocab)
     prepare_part([text], tmp_path / "begun", (1, 1), vocab=vocab)
+    (tmp_path / "begun.partial" / "lock").unlink()  # as of blocks that were copied from another machine
     for folder in ("mine.partial", "listed"):
         (tmp_path / folder).mkdir()
         write_text(tmp_path / folder / "b.txt", [[f"Of {folder}."]])
@@ -414,13 +415,14 @@ def test_a_huge_document_is_cut_between_lines(tmp_path, vocab, monkeypatch, smal
     paragraphs = [f"Paragraph number {i} of a document without an end." for i in range(3000)]
     manifest = prepare([write_text(tmp_path / "a.txt", [paragraphs])], tmp_path / "out", vocab=vocab, heldout=0.0)
     documents = manifest.report["documents"]
-    assert (documents["read"], documents["cut"]) == (1, 1)
-    assert documents["train"] >= 3
+    assert documents["read"] == documents["train"] >= 3  # its parts are documents from then on
+    assert documents["cut"] == 1
     sentences = " / ".join(read_back(tmp_path / "out")).split(" / ")
     assert sentences == expected_documents(vocab, [[p] for p in paragraphs])
     several = write_text(tmp_path / "b.txt", [["Before."], paragraphs, ["Between."], paragraphs[::-1], ["After."]])
     more = prepare([several], tmp_path / "more", vocab=vocab, heldout=0.0).report["documents"]
-    assert (more["read"], more["cut"]) == (5, 2)
+    assert more["read"] == more["train"] >= 9
+    assert more["cut"] == 2
 
 
 def test_a_document_without_line_or_space_is_cut_between_characters(tmp_path, vocab, monkeypatch, small_blocks) -> None:

@@ -456,3 +456,27 @@ def test_sgds_momentum_is_refused(form: str) -> None:
     step_alike(source)
     with pytest.raises(ValueError, match=f"state_dict=\"SGD's momentum\": expected momentum of the form '{form}'"):
         optimizer.load_state_dict(source.state_dict())
+
+
+def test_a_phi_that_came_past_the_loader_is_the_optimizers_own() -> None:
+    """As ZeRO hands groups to the optimizer within it."""
+    x = Parameter(torch.ones(2, 2))
+    source, optimizer, other = (LAMB([x], lr=0.1, phi=phi) for phi in (torch.sqrt, torch.sqrt, None))
+    saved = source.state_dict()["param_groups"][0]["phi"]
+    for each in (optimizer, other):
+        each.param_groups[0]["phi"] = saved
+    step_alike(optimizer)
+    assert float(optimizer.trust_ratios()[0]) != 1
+    with pytest.raises(ValueError, match="phi='a function': expected the φ itself"):
+        step_alike(other)
+    base = torch.optim.AdamW([x])
+    base.load_state_dict(Layerwise(torch.optim.AdamW([x]), phi=torch.sqrt).state_dict())
+    assert Layerwise(base, phi=torch.abs).param_groups[0]["phi"] is torch.abs
+
+
+def test_of_groups_that_do_not_match_torch_says_so() -> None:
+    params = [Parameter(torch.ones(2, 2)), Parameter(torch.ones(2))]
+    source = LAMB([{"params": params[1:]}, {"params": params[:1]}], lr=0.1)
+    step_alike(source)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        LAMB(params, lr=0.1).load_state_dict(source.state_dict())

@@ -85,6 +85,14 @@ def test_normalisation_is_known_by_the_class_it_derives_from() -> None:
     assert names(nn.Sequential(nn.Linear(4, 4), LN(4))) == (["0.weight"], ["0.bias", "1.weight", "1.bias"])
 
 
+def test_matrices_of_what_derives_from_a_users_norm_adapt() -> None:
+    before = type("PreNorm", (nn.Module,), {})
+    attention = type("Attention", (before,), {})()
+    attention.qkv = nn.Parameter(torch.ones(3, 9))
+    attention.scale = nn.Parameter(torch.ones(3))
+    assert names(attention) == (["qkv"], ["scale"])
+
+
 @pytest.mark.parametrize("class_name", ["BatchNormAct2d", "EvoNorm2dS0", "MambaRMSNormGated", "NormLinear"])
 def test_the_vectors_of_a_module_with_norm_in_its_name_are_gains(class_name: str) -> None:
     layer = type(class_name, (nn.Module,), {})()

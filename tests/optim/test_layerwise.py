@@ -339,6 +339,20 @@ def test_the_last_of_two_around_one_base_has_its_way() -> None:
     assert [group["phi"] for group in optimizer.param_groups] == [(0.0, 2.0)] * 2
     assert [group["adapt"] for group in optimizer.param_groups] == [False, True]  # what the user said stays
     assert Layerwise(base, adapt=False).param_groups[1]["adapt"] is False
+    optimizer = Layerwise(base, phi=(0.0, 3.0))
+    assert set(optimizer.state_dict()["param_groups"][0]) == set(base.defaults) | {"params", "phi", "adapt"}
+    optimizer.load_state_dict(optimizer.state_dict())
+    for again in (base, copy.deepcopy(base)):
+        assert Layerwise(again).param_groups[0]["phi"] is None
+
+
+def test_a_rate_of_16_bits_has_room_for_the_long_step() -> None:
+    x = torch.nn.Parameter(torch.ones(4))
+    optimizer = Layerwise(torch.optim.SGD([x], lr=torch.tensor(0.5, dtype=torch.float16), foreach=False))
+    x.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(x, torch.full((4,), 0.5))
+    assert optimizer.param_groups[0]["lr"].dtype is torch.float16
 
 
 def test_a_group_added_through_the_base_is_moved() -> None:

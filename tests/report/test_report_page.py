@@ -240,12 +240,14 @@ def test_a_single_evaluation_is_shown_whole(tmp_path: Path) -> None:
 
 
 def test_a_report_takes_the_earlier_one_s_figures_away(tmp_path: Path) -> None:
-    """Those that the earlier report.md links, and nothing else that may lie there."""
+    """Those that came with it, and nothing else that may lie there or that somebody added to its page."""
     out = tmp_path / "out"
     before = figures(report([synthetic.write_mnist(tmp_path / "a", "lamb", ratios_every=5, **SMALL)], out))
     own = [out / "figures" / name for name in ("own.png", "own.svg", "loss.pdf")] + [out / "loss.png"]
     for path in own:
         path.write_bytes(b"mine")
+    page = out / "report.md"
+    page.write_text("![My own](figures/own.png)\n\n" + page.read_text())
     after = report([synthetic.write_mnist(tmp_path / "b", "sgd", **SMALL)], out)
     assert "trust-ratios" in before - figures(after)
     assert not list(out.glob("figures/trust*"))

@@ -76,6 +76,16 @@ def test_a_save_that_fails_leaves_the_old_one_and_no_half(tmp_path: Path, monkey
     assert checkpoint.load(kept, model, optimizer).step == 1
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("std::bad_alloc"), RuntimeError("CUDA error")])
+def test_what_is_no_fault_of_the_disk_stays_what_it_is(error: BaseException, tmp_path: Path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", fail)
+    with pytest.raises(type(error)):
+        checkpoint.save(tmp_path, *trained(), Progress(step=2))
+
+
 class Counting(torch.optim.Optimizer):
     """Momentum whose step counts are plain numbers, in the state and in the group, as some keep them."""
 

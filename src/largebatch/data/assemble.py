@@ -77,7 +77,7 @@ def assemble(
         notes.append("no document is held out: there is but one different document")
     report = {
         "documents": {
-            "read": len(table.hashes) + int(counts[0]) - int(counts[2]),
+            "read": len(table.hashes) + int(counts[0]),
             "train": splits["train"]["documents"],
             "heldout": splits["heldout"]["documents"],
             "empty": int(counts[0]),

@@ -124,8 +124,10 @@ def _refuse(error: OSError) -> NoReturn:
 
 def _is_made(directory: Path) -> bool:
     """Is this a corpus or one in the making?"""
-    signs = ["lock"] if directory.name.endswith(".partial") else [MANIFEST_NAME, "train/document_offsets.npy"]
-    return all(os.path.isfile(directory / sign) for sign in signs)  # False, not an error, where it cannot be read
+    if directory.name.endswith(".partial"):
+        signs = ("lock", "blocks-*", "vocab-*.txt")
+        return any(any(directory.glob(sign)) for sign in signs)  # False, not an error, where it cannot be read
+    return all(os.path.isfile(directory / sign) for sign in (MANIFEST_NAME, "train/document_offsets.npy"))
 
 
 def _kind_of(path: Path) -> str | None:

@@ -81,8 +81,8 @@ def resumed(saved: RunConfig, out: Path, settings: list[str]) -> RunConfig:
 
     # "auto" was resolved when the run began, and of a setting that is given twice the last counts.
     fixed = [setting for setting in settings if not is_elastic(setting) and not setting.endswith("=auto")]
-    if override(saved, fixed) != saved:
-        changed = [setting for setting in fixed if override(saved, [setting]) != saved]
+    if override(saved, fixed, is_new=False) != saved:
+        changed = [setting for setting in fixed if override(saved, [setting], is_new=False) != saved]
         raise UserError(
             f"a resumed run keeps the settings in {out / 'config.json'}, all but "
             f"{', '.join(may_change)} and stages.N.micro_batch_size; leave {', '.join(changed)} out"
@@ -173,6 +173,8 @@ def evaluate(options: argparse.Namespace) -> int:
     elif options.run is None:
         raise UserError("name a run to evaluate, or --squad FILE and --predictions FILE to score")
     elif options.squad:
+        if options.data is not None:
+            raise UserError("--data is where a run's own data lie; leave it out with --squad")
         figures = answer_file(options.run, Path(options.squad))
     else:
         figures = evaluate_run(options.run, options.data)

@@ -168,8 +168,13 @@ def from_json(content: Mapping[str, Any]) -> RunConfig:
     return _build(KINDS[kind], values, "")
 
 
-def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
+def override(config: RunConfig, assignments: Iterable[str], *, is_new: bool = True) -> RunConfig:
     """Apply `key=value` settings, keys dotted into the nested parts and stages by number: `stages.0.steps=100`.
+
+    Args:
+        config: what is set anew.
+        assignments: the settings.
+        is_new: False for a run that was begun, which may have been told what no stage uses.
 
     Raises:
         UserError: a key that does not exist (the nearest is named), a value of another type, or a rate, warm-up or
@@ -184,7 +189,8 @@ def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
         _assign(content, key.strip(), text.strip())
         assigned.append(key.strip())
     changed = from_json(content)
-    _refuse_idle_rates(changed, assigned)
+    if is_new:
+        _refuse_idle_rates(changed, assigned)
     return changed
 
 

@@ -95,7 +95,15 @@ class LayerwiseOptimizer(Optimizer):
 
     def _ratio(self, group: dict[str, Any]) -> norms.Ratio | None:
         """Say how the layers of a group that adapts get their factor; None if they do not adapt after all."""
-        return norms.Ratio(group["phi"])
+        return norms.Ratio(self._phi(group))
+
+    def _phi(self, group: dict[str, Any]) -> norms.Phi:
+        """Return the φ of a group; where only a state dict's word for it came, past `load_state_dict`, the default."""
+        if group["phi"] != FUNCTION:
+            return group["phi"]  # type: ignore[no-any-return]
+        default: norms.Phi = self.defaults["phi"]
+        check("phi", FUNCTION, callable(default), "the φ itself, which a state dict does not hold: give it anew")
+        return default
 
     def trust_ratios(self) -> dict[str | int, Tensor]:
         """Return the trust ratio of every layer that the last step moved; no part of the state dict.
@@ -263,7 +271,11 @@ class LayerwiseOptimizer(Optimizer):
         return [(x, group, state) for (x, group), state in zip(params, states, strict=False)]
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError for moments of a parameter that has another shape here."""
+        """Raise ValueError for moments of a parameter that has another shape here; of groups torch says more."""
+        both = state_dict["param_groups"], self.param_groups
+        sizes, own_sizes = ([len(group["params"]) for group in groups] for groups in both)
+        if sizes != own_sizes:
+            return
         for position, (x, _, state) in enumerate(self._pairs(state_dict)):
             for key in (*self.state_keys, "master_param"):
                 if isinstance(state.get(key), Tensor):

@@ -31,8 +31,8 @@ def param_groups(
         exclude: patterns. A parameter is excluded if any of them is found (``re.search``: case-sensitive, anywhere)
             in its name, or in another name that a tied parameter goes by. The pattern ``"norm"`` also stands for every
             parameter of a normalisation module, whatever its name, so that a ResNet's ``bn1`` and ``downsample.1``
-            are excluded: of a module whose class, or one that it derives from, is called so ("LayerNorm",
-            "BatchNorm2d"), and the vectors of one with "Norm" elsewhere in its class's name.
+            are excluded: of a module whose class, or one of torch's that it derives from, is called so ("LayerNorm",
+            "BatchNorm2d"), and the vectors of one with "Norm" anywhere in these names.
 
     Returns:
         One or two groups with the keys ``params``, ``param_names``, ``weight_decay`` and ``adapt``; a group that would
@@ -91,7 +91,9 @@ def param_groups(
 
 def normalises(module: nn.Module, parameter: nn.Parameter) -> bool:
     """Say whether a parameter of this module is the gain or the shift of a normalisation."""
-    names = [kind.__name__ for kind in type(module).__mro__]
-    if any(ENDS_IN_NORM.search(name) for name in names):
+    own, *inherited = type(module).__mro__
+    known = [own, *(kind for kind in inherited if kind.__module__.startswith("torch.nn."))]
+    if any(ENDS_IN_NORM.search(kind.__name__) for kind in known):
         return True
-    return any(HAS_NORM.search(name) for name in names) and parameter.numel() == max(parameter.shape, default=1)
+    is_vector = parameter.numel() == max(parameter.shape, default=1)
+    return is_vector and any(HAS_NORM.search(kind.__name__) for kind in (own, *inherited))

@@ -177,7 +177,7 @@ class LAMB(LayerwiseOptimizer):
             return None
         # A decoupled decay comes first, and shortens x.
         shrink = abs(1 - rate_of(group) * group["weight_decay"]) if group["decoupled_weight_decay"] else 1.0
-        return Ratio(group["phi"], shrink=shrink, bounds=group["ratio_bounds"])
+        return Ratio(self._phi(group), shrink=shrink, bounds=group["ratio_bounds"])
 
 
 class NLAMB(LAMB):

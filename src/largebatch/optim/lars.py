@@ -131,4 +131,4 @@ class LARS(LayerwiseOptimizer):
 
     def _ratio(self, group: dict[str, Any]) -> Ratio:
         decay = group["weight_decay"] if self.form == "2017" else 0.0  # ‖u‖ is ‖g‖ there
-        return Ratio(group["phi"], eps=group["eps"], decay=decay, coefficient=group["trust_coefficient"])
+        return Ratio(self._phi(group), eps=group["eps"], decay=decay, coefficient=group["trust_coefficient"])

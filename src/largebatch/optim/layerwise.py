@@ -10,7 +10,7 @@ from torch.optim.asgd import ASGD
 from torch.optim.rprop import Rprop
 
 from . import norms
-from .base import rate_of, with_own_functions, without_functions
+from .base import FUNCTION, rate_of, with_own_functions, without_functions
 from .checks import check, check_phi
 from .gather import names_of
 from .precision import compute_dtype, store_weights
@@ -23,8 +23,8 @@ NOT_LINEAR = (LBFGS, ASGD, Rprop, Adafactor)
 # itself, in bfloat16 by less than 2^-9, would stay where it is; at this one by less than 2^-65 and 2^-49.
 LONG_STEP = 2.0**40
 
-# The attribute of the base optimizer that lists what its groups have from the Layerwise around it.
-FILLED_IN = "_filled_in_by_layerwise"
+# The key of a group under which it lists what it has from the Layerwise around its optimizer.
+FILLED_IN = "filled_in_by_layerwise"
 
 
 class Moving(NamedTuple):
@@ -92,8 +92,9 @@ class Layerwise(Wrapper):
         check("base", name, has_rates, "an optimizer with a learning rate for each group")
         check("norm", norm, norm in norms.ORDERS, f"one of {', '.join(map(repr, norms.ORDERS))}")
         check_phi(phi)
-        for group, key in vars(base).pop(FILLED_IN, []):  # by another Layerwise, around the same base before
-            group.pop(key, None)
+        for group in base.param_groups:
+            for key in group.pop(FILLED_IN, ()):  # by another Layerwise, around the same base before
+                group.pop(key, None)
         self.base = base
         self.norm = norm
         self._ratios: list[list[tuple[list[str | int], Tensor]]] = [[]]
@@ -153,7 +154,9 @@ class Layerwise(Wrapper):
         rates = [group["lr"] for group in self.param_groups]
         for group, rate in zip(self.param_groups, rates, strict=True):
             if group["adapt"]:
-                group["lr"] = torch.full_like(rate, LONG_STEP) if isinstance(rate, Tensor) else LONG_STEP
+                group["lr"] = LONG_STEP
+                if isinstance(rate, Tensor):
+                    group["lr"] = torch.full_like(rate, LONG_STEP, dtype=torch.float32)
         try:
             self.base.step()
         finally:
@@ -193,11 +196,14 @@ class Layerwise(Wrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict, but for a φ that is a function; see `LAMB.state_dict`."""
-        return without_functions(super().state_dict())
+        state_dict = without_functions(super().state_dict())
+        for group in state_dict["param_groups"]:
+            group.pop(FILLED_IN, None)
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the base optimizer alone."""
-        own = [{key: group[key] for key in ("phi", "adapt")} for group in self.param_groups]
+        own = [{key: group[key] for key in ("phi", "adapt", FILLED_IN)} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, settings in zip(self.param_groups, own, strict=True):
             group.update(settings | with_own_functions(group, settings))  # what a loaded group lacks stays as it was
@@ -206,10 +212,11 @@ class Layerwise(Wrapper):
     def _follow_base(self) -> None:
         super()._follow_base()
         for group in self.param_groups:
-            for key in ("phi", "adapt"):
-                if key not in group:
-                    group[key] = self.defaults[key]
-                    vars(self.base).setdefault(FILLED_IN, []).append((group, key))
+            if group.get("phi") == FUNCTION:  # of a state dict that the base optimizer loaded
+                del group["phi"]
+            missing = [key for key in ("phi", "adapt") if key not in group]
+            group.update({key: self.defaults[key] for key in missing})
+            group[FILLED_IN] = [*group.get(FILLED_IN, ()), *missing]
             check_phi(group["phi"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
 
     The page stands alone: figures inside, readable in light and dark, ready to print. The Markdown links the PNGs in
     `figures/`, which hold an SVG of each figure as well. The same runs give the same bytes. In the place of an earlier
-    report, the figures that its Markdown links go with it.
+    report, the figures that came with it go.
 
     Args:
         runs: run directories, of any kinds; runs of one kind are drawn over each other. A run that goes on, was
@@ -52,10 +52,11 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
         if isinstance(block, style.Picture)
         for ending, content in (("png", block.png), ("svg", block.svg.encode()))
     }
-    files["report.md"] = render.to_markdown(title, lead, sections, FIGURES).encode(errors="backslashreplace")
+    markdown = render.to_markdown(title, lead, sections, FIGURES) + f"\n<!-- figures: {' '.join(files)} -->\n"
+    files["report.md"] = markdown.encode(errors="backslashreplace")
     files["report.html"] = render.to_html(title, lead, sections).encode(errors="backslashreplace")
     try:
-        earlier = _linked_figures(out / "report.md")
+        earlier = _figures_of(out / "report.md")
         (out / FIGURES).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             _write(out / name, content)
@@ -82,11 +83,11 @@ def summarize(runs: Sequence[Path]) -> list[Table]:
     return summary_tables(read_runs(runs))
 
 
-def _linked_figures(page: Path) -> set[str]:
-    """The figures that a report's Markdown links, and their SVGs; none where there is no report."""
+def _figures_of(page: Path) -> set[str]:
+    """The figures that came with a report, by the last line of its Markdown; none where there is no report."""
     text = page.read_text(errors="replace") if page.is_file() else ""
-    stems = re.findall(rf"^!\[.*\]\(({FIGURES}/[\w-]+)\.png\)$", text, re.MULTILINE)
-    return {f"{stem}.{ending}" for stem in stems for ending in ("png", "svg")}
+    last = re.search(rf"^<!-- figures:((?: {FIGURES}/[\w-]+\.(?:png|svg))*) -->$", text, re.MULTILINE)
+    return set(last[1].split()) if last else set()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends import Backend, Layers, Steps
 from ..checks import check
 from .library import DESCEND, DIRECT, DTYPES, NORMS, RULES, load
-from .locate import Layouts, Locator, addresses, in_array
+from .locate import Locator, OwnLayouts, addresses
 from .table import Table
 
 
@@ -45,8 +45,8 @@ class Native(Backend):
 
     def count(self, steps: Steps) -> list[float]:
         if steps.memo is None:
-            steps.memo = in_array(steps.tensors), Layouts.of(steps.tensors)
-        where = self.locate(*steps.memo)
+            steps.memo = OwnLayouts(steps.tensors)
+        where = self.locate.again(steps.memo)
         if where is None:
             for step in steps.tensors:
                 is_count = step.dtype is torch.float32 and step.device.type == "cpu" and step.numel() == 1

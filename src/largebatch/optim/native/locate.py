@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Sizes = tuple[int, ...]
-Tensors = Sequence[Tensor] | NDArray[np.object_]  # an array where they are the same ones at every step
 
 # DLDataType as one number: code, bits and lanes from the lowest byte on.
 _TYPES = {
@@ -26,29 +25,30 @@ _TYPES = {
 class Layouts:
     """How tensors are expected to lie: their dtypes, among those that the kernel reads, shapes and strides.
 
-    Args:
-        hints: [n, 2], where each tensor and its storage may be found; None if they are others at every step.
+    Addresses of arrays are kept, as asking for them takes longer than the step of a small layer.
+
+    Attributes:
+        found: where they lie, as of the last time that they were looked for.
     """
 
-    def __init__(
-        self,
-        dtypes: Sequence[torch.dtype],
-        shapes: Sequence[Sizes],
-        strides: Sequence[Sizes],
-        hints: NDArray[np.uintp] | None = None,
-    ) -> None:
+    def __init__(self, dtypes: Sequence[torch.dtype], shapes: Sequence[Sizes], strides: Sequence[Sizes]) -> None:
         self.all = list(zip(dtypes, map(tuple, shapes), strides, strict=True))
-        self.types = np.fromiter(map(_TYPES.__getitem__, dtypes), np.uint32, len(dtypes))
-        self.ends = np.fromiter(accumulate(map(len, strides)), np.int64, len(strides))
-        dimensions = chain.from_iterable(map(zip, shapes, strides))
-        self.sizes = np.fromiter(chain.from_iterable(dimensions), np.int64)
-        self.hints = hints
+        self.found = np.empty(len(dtypes), np.uintp)
+        types = np.fromiter(map(_TYPES.__getitem__, dtypes), np.uint32, len(dtypes))
+        ends = np.fromiter(accumulate(map(len, strides)), np.int64, len(strides))
+        sizes = np.fromiter(chain.from_iterable(chain.from_iterable(map(zip, shapes, strides))), np.int64)
+        self._arrays = (self.found, types, ends, sizes)
+        self.arrays_at = [array.ctypes.data for array in self._arrays]
 
-    @classmethod
-    def of(cls, tensors: Tensors) -> "Layouts":
-        """Return how these tensors lie, which are the same objects at every step."""
-        hints = np.array([(x._cdata, x.untyped_storage()._cdata) for x in tensors], np.uintp)
-        return cls([x.dtype for x in tensors], [x.shape for x in tensors], [x.stride() for x in tensors], hints)
+
+class OwnLayouts(Layouts):
+    """How tensors lie that are the same objects at every step."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__([x.dtype for x in tensors], [x.shape for x in tensors], [x.stride() for x in tensors])
+        self.tensors = in_array(tensors)
+        self._hints = np.array([(x._cdata, x.untyped_storage()._cdata) for x in tensors], np.uintp)
+        self.tensors_at, self.hints_at = self.tensors.ctypes.data, self._hints.ctypes.data
 
 
 class Locator:
@@ -64,18 +64,28 @@ class Locator:
         prototype = ctypes.PYFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_void_p] * 5)
         self._locate = prototype(("largebatch_locate", library))
 
-    def __call__(self, tensors: Tensors, layouts: Layouts) -> NDArray[np.uintp] | None:
-        """Return the addresses of tensors on the CPU; None if a layout is another, or it cannot be told."""
+    def again(self, own: OwnLayouts) -> NDArray[np.uintp] | None:
+        """Return the addresses of tensors that were seen before; as `__call__`."""
+        return self._find(own, own.tensors, own.tensors_at, own.hints_at)
+
+    def __call__(self, tensors: Sequence[Tensor], layouts: Layouts) -> NDArray[np.uintp] | None:
+        """Return the addresses of tensors on the CPU; None if a layout is another, or it cannot be told.
+
+        The array is that of ``layouts``, and holds until it is asked for anew.
+        """
+        objects = in_array(tensors)
+        return self._find(layouts, objects, objects.ctypes.data, None)
+
+    def _find(
+        self, layouts: Layouts, objects: NDArray[np.object_], objects_at: int, hints_at: int | None
+    ) -> NDArray[np.uintp] | None:
         try:
             if self.describe is None:
-                found = [(x.dtype, tuple(x.shape), x.stride()) for x in tensors if x.device.type == "cpu"]
-                return addresses(tensors) if found == layouts.all else None
-            objects = tensors if isinstance(tensors, np.ndarray) else in_array(tensors)
-            where = np.empty(len(tensors), np.uintp)
-            arrays = (objects, where, layouts.types, layouts.ends, layouts.sizes)
-            objects_at, *others = (array.ctypes.data for array in arrays)
-            hints_at = None if layouts.hints is None else layouts.hints.ctypes.data
-            return where if self._locate(self.describe, objects_at, len(objects), *others, hints_at) else None
+                lie = [(x.dtype, tuple(x.shape), x.stride()) for x in objects if x.device.type == "cpu"]
+                return addresses(objects) if lie == layouts.all else None
+            found_at, *expected_at = layouts.arrays_at
+            is_found = self._locate(self.describe, objects_at, len(objects), found_at, *expected_at, hints_at)
+            return layouts.found if is_found else None
         except RuntimeError:  # a sparse tensor, for one
             return None
 
@@ -84,7 +94,7 @@ def in_array(tensors: Sequence[Tensor]) -> NDArray[np.object_]:
     return np.fromiter(tensors, object, len(tensors))
 
 
-def addresses(tensors: Tensors) -> NDArray[np.uintp]:
+def addresses(tensors: Sequence[Tensor] | NDArray[np.object_]) -> NDArray[np.uintp]:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.uintp, len(tensors))
 
 

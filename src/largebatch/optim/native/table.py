@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import Layer, Layers, Run
 from ..checks import check, check_dense, check_shape
 from .library import DTYPES, LAYER, NUMBERS
-from .locate import Layouts, Locator, Sizes, addresses, in_array
+from .locate import Layouts, Locator, OwnLayouts, Sizes, addresses
 
 Rows = NDArray[np.void]
 
@@ -28,10 +28,10 @@ class Table:
             check_owned(layer)
         self.locate = locate
         self.shapes = [layer.x.shape for layer in layers]
-        self.owned = in_array([tensor for layer in layers for tensor in owned(layer)])
-        self.addresses = addresses(self.owned)
-        self.owned_layouts = Layouts.of(self.owned)
-        self.storages = [tensor.untyped_storage() for tensor in self.owned]  # kept alive
+        everything = [tensor for layer in layers for tensor in owned(layer)]
+        self.owned = OwnLayouts(everything)
+        self.addresses = addresses(everything)
+        self.storages = [tensor.untyped_storage() for tensor in everything]  # kept alive
         self.moved = [tensor for layer in layers for tensor in (layer.x, layer.rounded) if tensor is not None]
         self.irregular = [i for i, layer in enumerate(layers) if not in_one_order(owned(layer))]
         self.orders = [layer.x.stride() for layer in layers]
@@ -54,7 +54,8 @@ class Table:
 
         `Module.to` and its like assign to a tensor's ``data``, and a storage that is shared with another process moves.
         """
-        return np.array_equal(self.locate(self.owned, self.owned_layouts), self.addresses)  # type: ignore[arg-type]
+        found = self.locate.again(self.owned)
+        return found is not None and np.array_equal(found, self.addresses)
 
     def enter_gradients(self, layers: Layers) -> list[Tensor]:
         """Enter the gradients, and return them: some are copies, which live as long as the list does."""

@@ -42,7 +42,8 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
         with _one_process_is_meant():
             dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=world_size() == 1)
     except dcp.CheckpointException as error:
-        raise _cause(error) from error
+        first = _first(error)
+        raise (_os_error(first) or first) from error
 
 
 def read_tensors(tensors: Mapping[str, Tensor], folder: Path, *, alone: bool = False) -> None:
@@ -62,7 +63,9 @@ def read_tensors(tensors: Mapping[str, Tensor], folder: Path, *, alone: bool = F
         with _one_process_is_meant():
             dcp.load(dict(tensors), storage_reader=_reader(folder), no_dist=alone or world_size() == 1)
     except dcp.CheckpointException as error:
-        raise _cause(error) from error
+        first = _first(error)
+        what = f"{type(first).__name__}: {str(first).splitlines()[0] if str(first) else ''}"
+        raise (_os_error(first) or OSError(what)) from error
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -101,13 +104,19 @@ def _reader(folder: Path) -> "FileSystemReader":
     return Reader(folder)
 
 
-def _cause(error: "CheckpointException") -> OSError:
+def _first(error: "CheckpointException") -> BaseException:
     """What went wrong on the first rank that tells, which torch wraps in a BaseException."""
-    first = next(iter(error.failures.values()))[0]
-    inner: BaseException | None = first
-    while inner is not None and not isinstance(inner, OSError):  # torch's writer hides a full disk, on its own rank
+    return next(iter(error.failures.values()))[0]
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The system's error that another one hides, as torch's writer does a full disk's; None if there is none."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
         inner = inner.__cause__ or inner.__context__
-    return inner or OSError(f"{type(first).__name__}: {str(first).splitlines()[0] if str(first) else ''}")
+    if inner is None and "inline_container" in str(error):  # of another rank, from which its text alone comes
+        return OSError(str(error).splitlines()[0])
+    return inner
 
 
 @contextmanager
