@@ -46,14 +46,14 @@ class Native(Backend):
     def count(self, steps: Steps) -> list[float]:
         if steps.memo is None:
             steps.memo = OwnLayouts(steps.tensors)
-        where = self.locate.again(steps.memo)
-        if where is None:
+        where: OwnLayouts = steps.memo
+        if self.locate.again(where) is None:
             for step in steps.tensors:
                 is_count = step.dtype is torch.float32 and step.device.type == "cpu" and step.numel() == 1
                 check("step", step, is_count, "a float32 number on the CPU")
-            where = addresses(steps.tensors)
-        counts = np.empty(len(where), np.float32)
-        self.library.largebatch_count(where.ctypes.data, len(counts), counts.ctypes.data)
+            where.found[:] = addresses(steps.tensors)
+        counts = np.empty(len(where.found), np.float32)
+        self.library.largebatch_count(where.arrays_at[0], len(counts), counts.ctypes.data)
         times: list[float] = counts.tolist()
         return times
 

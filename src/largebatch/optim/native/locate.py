@@ -82,7 +82,10 @@ class Locator:
         try:
             if self.describe is None:
                 lie = [(x.dtype, tuple(x.shape), x.stride()) for x in objects if x.device.type == "cpu"]
-                return addresses(objects) if lie == layouts.all else None
+                if lie != layouts.all:
+                    return None
+                layouts.found[:] = addresses(objects)
+                return layouts.found
             found_at, *expected_at = layouts.arrays_at
             is_found = self._locate(self.describe, objects_at, len(objects), found_at, *expected_at, hints_at)
             return layouts.found if is_found else None
