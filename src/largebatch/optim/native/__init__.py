@@ -84,6 +84,8 @@ class Native(Backend):
         numbers = table.enter_numbers(layers)
         pairs = table.substitute(layers)
         grads = table.enter_gradients(layers)
+        if phases & DESCEND:  # before the step, which drives these objects from the caches
+            torch.autograd.graph.increment_version(table.moved)
         self.library.largebatch_step(
             table.rows.ctypes.data,
             len(layers),
@@ -98,8 +100,6 @@ class Native(Backend):
         del grads
         for original, copy in pairs:
             original.copy_(copy)
-        if phases & DESCEND:
-            torch.autograd.graph.increment_version(table.moved)
 
 
 BACKEND = Native(load())
