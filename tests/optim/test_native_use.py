@@ -4,6 +4,7 @@ Guards against results that depend on the instruction set or the number of threa
 there, temporaries of the size of the model, and a fallback that nobody hears of.
 """
 
+import gc
 import logging
 import os
 import subprocess
@@ -325,6 +326,22 @@ def test_the_default_device_and_dtype_are_not_used() -> None:
             torch.set_default_dtype(torch.float32)
         moved.append(params)
     assert same_bits(*moved)
+
+
+def test_a_cycle_through_the_weights_is_collected() -> None:
+    """As of a hook that reads the optimizer."""
+
+    def train() -> weakref.ref[Tensor]:
+        x = torch.ones(3).requires_grad_()
+        optimizer = LAMB([x], backend="native")
+        x.register_hook(lambda g: print(optimizer) or g)
+        x.grad = torch.ones(3)
+        optimizer.step()
+        return weakref.ref(x)
+
+    weight = train()
+    gc.collect()
+    assert weight() is None
 
 
 def test_tensors_without_memory_are_left_to_others() -> None:

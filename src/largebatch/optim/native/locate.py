@@ -46,9 +46,10 @@ class OwnLayouts(Layouts):
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__([x.dtype for x in tensors], [x.shape for x in tensors], [x.stride() for x in tensors])
-        self.tensors = in_array(tensors)
+        self.tensors = list(tensors)  # not an array, through which the garbage collector sees no cycle
+        self._ids = np.fromiter(map(id, tensors), np.uintp, len(tensors))  # where the objects lie
         self._hints = np.array([(x._cdata, x.untyped_storage()._cdata) for x in tensors], np.uintp)
-        self.tensors_at, self.hints_at = self.tensors.ctypes.data, self._hints.ctypes.data
+        self.ids_at, self.hints_at = self._ids.ctypes.data, self._hints.ctypes.data
 
 
 class Locator:
@@ -66,38 +67,34 @@ class Locator:
 
     def again(self, own: OwnLayouts) -> NDArray[np.uintp] | None:
         """Return the addresses of tensors that were seen before; as `__call__`."""
-        return self._find(own, own.tensors, own.tensors_at, own.hints_at)
+        return self._find(own, own.tensors, own.ids_at, own.hints_at)
 
     def __call__(self, tensors: Sequence[Tensor], layouts: Layouts) -> NDArray[np.uintp] | None:
         """Return the addresses of tensors on the CPU; None if a layout is another, or it cannot be told.
 
         The array is that of ``layouts``, and holds until it is asked for anew.
         """
-        objects = in_array(tensors)
-        return self._find(layouts, objects, objects.ctypes.data, None)
+        objects = np.fromiter(tensors, object, len(tensors))
+        return self._find(layouts, tensors, objects.ctypes.data, None)
 
     def _find(
-        self, layouts: Layouts, objects: NDArray[np.object_], objects_at: int, hints_at: int | None
+        self, layouts: Layouts, tensors: Sequence[Tensor], objects_at: int, hints_at: int | None
     ) -> NDArray[np.uintp] | None:
         try:
             if self.describe is None:
-                lie = [(x.dtype, tuple(x.shape), x.stride()) for x in objects if x.device.type == "cpu"]
+                lie = [(x.dtype, tuple(x.shape), x.stride()) for x in tensors if x.device.type == "cpu"]
                 if lie != layouts.all:
                     return None
-                layouts.found[:] = addresses(objects)
+                layouts.found[:] = addresses(tensors)
                 return layouts.found
             found_at, *expected_at = layouts.arrays_at
-            is_found = self._locate(self.describe, objects_at, len(objects), found_at, *expected_at, hints_at)
+            is_found = self._locate(self.describe, objects_at, len(tensors), found_at, *expected_at, hints_at)
             return layouts.found if is_found else None
         except RuntimeError:  # a sparse tensor, for one
             return None
 
 
-def in_array(tensors: Sequence[Tensor]) -> NDArray[np.object_]:
-    return np.fromiter(tensors, object, len(tensors))
-
-
-def addresses(tensors: Sequence[Tensor] | NDArray[np.object_]) -> NDArray[np.uintp]:
+def addresses(tensors: Sequence[Tensor]) -> NDArray[np.uintp]:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.uintp, len(tensors))
 
 
