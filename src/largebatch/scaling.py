@@ -389,10 +389,7 @@ def _nvidia(work: Workload, batches: tuple[int, ...], steps: tuple[int, ...]) ->
     given = {"batch_size": batches, **vars(work)}
     wrong = [f"{key}={given[key]!r}" for key in theirs if given[key] != theirs[key] and key not in ("source", "tabled")]
     if wrong:
-        raise ValueError(
-            f"recipe 'nvidia' must go with plan('bert', {_MIXED}) and the workload's own settings, "
-            f"got {', '.join(wrong)}"
-        )
+        raise ValueError(f"recipe 'nvidia' must go with plan('bert', {_MIXED}) as it is, got {', '.join(wrong)}")
     settings = zip(work.phases, batches, steps, (6e-3, 4e-3), (2_000, 200), strict=True)
     stages = tuple(
         Stage(phase.name, phase.sequence_length, batch, count, rate, warmup)
